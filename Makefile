@@ -58,7 +58,7 @@ clean: ## remove caches and built files; .venv stays
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Shardwise needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) -V 2>&1)." >&2; \
+	  echo "Shardwise needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) -V 2>&1 | head -n 1)." >&2; \
 	  echo "Name another one, for example: make $(or $(firstword $(MAKECMDGOALS)),demo) PYTHON=python3.12" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@

@@ -37,7 +37,8 @@ class Seeded(Dataset[Any]):
     """A map-style dataset whose samples depend on `seed` and the index alone."""
 
     count: int = 64
-    seed: int = 0
+    seed: int = 25
+    """With 25 no split of the first 8 samples in 2 or 4 has equal numbers of labels."""
 
     def __len__(self) -> int:
         return self.count

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -168,8 +170,8 @@ def falcon() -> Job:
 
 
 def mixtral() -> Job:
-    """Mixtral: 4 experts, 2 of them per token."""
-    config = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+    """Mixtral: 4 experts, 2 of them per token; `grouped_mm`, the default, has no float64."""
+    config = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
     return _job("mixtral", "MixtralForCausalLM", CausalTokens(vocab=VOCAB), config)
 
 
@@ -314,7 +316,23 @@ def resnet() -> Job:
 
 
 def clip() -> Job:
-    """CLIP: two towers and a contrastive loss, which couples all samples of a batch."""
+    """CLIP and its own contrastive loss, which couples all samples and fixes the batch when captured."""
+    return _clip("clip", return_loss=True)
+
+
+def clip_any_batch() -> Job:
+    """CLIP with the same loss written so that it captures for any batch."""
+    return _clip("clip_any_batch", return_loss=False).with_(loss=contrastive_loss)
+
+
+def contrastive_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Mean of the cross-entropies of texts against images and of images against texts."""
+    logits = output.logits_per_text
+    pairs = torch.arange(logits.shape[0], device=logits.device)
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
+
+
+def _clip(name: str, *, return_loss: bool) -> Job:
     tower = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -327,15 +345,12 @@ def clip() -> Job:
         "vision_config": {**tower, "image_size": 32, "patch_size": 8},
         "projection_dim": 32,
     }
-    return Job(model=_contrastive(config), data=ImageTexts(vocab=VOCAB), global_batch=8, name="clip")
 
-
-def _contrastive(config: dict[str, Any]) -> Callable[[], nn.Module]:
     def model() -> nn.Module:
         from transformers import CLIPConfig, CLIPModel
 
-        class Contrastive(nn.Module):
-            """CLIP asked for its loss."""
+        class Clip(nn.Module):
+            """CLIP, asked for its loss or not."""
 
             def __init__(self) -> None:
                 super().__init__()
@@ -343,12 +358,15 @@ def _contrastive(config: dict[str, Any]) -> Callable[[], nn.Module]:
 
             def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Any:
                 return self.clip(
-                    input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, return_loss=True
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    pixel_values=pixel_values,
+                    return_loss=return_loss,
                 )
 
-        return Contrastive()
+        return Clip()
 
-    return model
+    return Job(model=model, data=ImageTexts(vocab=VOCAB), global_batch=8, name=name)
 
 
 def whisper() -> Job:
@@ -392,6 +410,8 @@ def wav2vec2() -> Job:
         "final_dropout": 0.0,
         "layerdrop": 0.0,
         "apply_spec_augment": False,
+        "mask_time_prob": 0.0,
+        "mask_feature_prob": 0.0,
     }
     return _job("wav2vec2", "Wav2Vec2ForSequenceClassification", Waveforms(), config)
 
@@ -423,6 +443,7 @@ MODELS: tuple[Callable[[], Job], ...] = (
     convnext,
     resnet,
     clip,
+    clip_any_batch,
     whisper,
     wav2vec2,
 )

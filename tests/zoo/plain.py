@@ -259,6 +259,7 @@ class CausalLM(nn.Module):
         self.head = nn.Linear(width, VOCAB, bias=False)
         if tied:
             self.head.weight = self.embed.weight
+        nn.init.normal_(self.embed.weight, std=0.1)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids) + self.position(torch.arange(input_ids.shape[1], device=input_ids.device))

@@ -1,0 +1,222 @@
+"""Capture: a Job's model and loss as one graph of operators, with the number of samples left open."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from shardwise.errors import CaptureError, JobError
+from shardwise.graph.normalize import normalize
+from shardwise.job import Batch, Job, batch_tensors, map_batch
+
+
+class LossModule(nn.Module):
+    """The model and its loss as one module: the tensors of a batch in, the mean loss out.
+
+    This is also how one device runs a job, so what is captured is what is compared with.
+    """
+
+    def __init__(self, module: nn.Module, job: Job, example: Batch) -> None:
+        super().__init__()
+        self.module = module
+        self._call = caller(module)
+        self._loss = job.loss
+        self._example = map_batch(example, lambda t: t.new_empty(0))
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        stream: Iterator[Tensor] = iter(tensors)
+        batch = map_batch(self._example, lambda _: next(stream))
+        return mean_loss(self._loss, self._call(batch), batch)
+
+
+def caller(module: nn.Module) -> Callable[[Batch], Any]:
+    """How a module is called on a batch.
+
+    A dict goes in as keyword arguments, less those that `forward` does not take; of a tuple or list the first element
+    goes in; a tensor goes in as it is.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def call(batch: Batch) -> Any:
+        if isinstance(batch, Tensor):
+            return module(batch)
+        if isinstance(batch, (tuple, list)):
+            return module(batch[0])
+        return module(**{k: v for k, v in batch.items() if takes_all or k in parameters})
+
+    return call
+
+
+def mean_loss(loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batch) -> Tensor:
+    """The loss of a batch as one number: what the loss returns, or sum divided by count.
+
+    Raises:
+        JobError: there is no loss, or it is not a scalar.
+    """
+    if loss is None:
+        found = output.get("loss") if hasattr(output, "get") else getattr(output, "loss", None)
+        if found is None and isinstance(output, Tensor) and output.ndim == 0:
+            found = output
+        if found is None:
+            raise JobError(
+                f"loss is None, but the model's output ({type(output).__name__}) has no .loss; "
+                "give Job(loss=...), or labels in the batch"
+            )
+    else:
+        found = loss(output, batch)
+    if isinstance(found, (tuple, list)):
+        total, count = found
+        # All samples may be ignored; the loss is then zero, not NaN.
+        found = total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    if not isinstance(found, Tensor) or found.numel() != 1:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise JobError(f"loss must be a scalar tensor or (sum, count), but is {shape}")
+    return found.reshape(())
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """The captured graph: an fx graph whose placeholders are parameters, buffers, constants and batch tensors.
+
+    Attributes:
+        graph: nodes in execution order; the output is the loss, then the new values of changed buffers.
+        params: placeholder name to the parameter's name in the user's module (tied names resolved to one).
+        buffers: placeholder name to buffer name.
+        constants: placeholder name to tensor.
+        inputs: placeholder names of the batch tensors, in the order of `batch_tensors`.
+        updates: names of the buffers that the graph's outputs after the loss replace.
+        tied: parameter name to the name of the parameter that it is the same tensor as.
+        batch_symbols: names of the symbols that stand for the number of samples; empty where the model fixes it.
+        example: the batch that was used, for its structure.
+    """
+
+    graph: fx.Graph
+    params: dict[str, str]
+    buffers: dict[str, str]
+    constants: dict[str, Tensor]
+    inputs: list[str]
+    updates: list[str]
+    tied: dict[str, str]
+    batch_symbols: frozenset[str]
+    fixed_batch: int | None
+
+
+def capture(job: Job, module: nn.Module | None = None, batch: Batch | None = None) -> Captured:
+    """Capture a job's model and loss.
+
+    Args:
+        job: what to capture.
+        module: the module, if it has been built; None builds it without allocating its weights.
+        batch: a batch for its shapes; None takes the job's first samples.
+
+    Raises:
+        CaptureError: the model has control flow that depends on data, or another thing that does not export.
+        JobError: the job's parts do not fit together.
+    """
+    if module is None:
+        module = job.build("meta")
+    if batch is None:
+        batch = job.batch(range(min(2, job.global_batch)))
+    samples = max(job.global_batch, 2)
+    device = next(module.parameters()).device
+    shaped = map_batch(batch, lambda t: t.new_zeros((samples, *t.shape[1:])).to(device) if t.ndim else t.to(device))
+    wrapper = LossModule(module, job, batch).train()
+    tensors = tuple(batch_tensors(shaped))
+    exported = _export(wrapper, tensors)
+    return _collect(exported, wrapper, tensors, samples)
+
+
+def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram:
+    shapes = (tuple({0: Dim.AUTO} if t.ndim else None for t in tensors),)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
+            return exported.run_decompositions({})
+    except JobError:
+        raise
+    except Exception as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        first = lines[0] if lines else ""
+        raise CaptureError(
+            f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {first[:300]}; "
+            "it can still be split by data (data, sharded), and by layers where it is a Sequential"
+        ) from error
+
+
+def _collect(
+    exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int
+) -> Captured:
+    graph = exported.graph
+    params, buffers, constants, inputs = {}, {}, {}, []
+    for spec in exported.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.PARAMETER:
+            params[name] = str(spec.target).removeprefix("module.")
+        elif spec.kind is InputKind.BUFFER:
+            buffers[name] = str(spec.target).removeprefix("module.")
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = exported.constants[str(spec.target)]
+        elif spec.kind is InputKind.USER_INPUT:
+            inputs.append(name)
+        else:
+            raise CaptureError(f"the model has an input of kind {spec.kind.name}, which cannot be split")
+    updates = []
+    for out in exported.graph_signature.output_specs:
+        if out.kind is OutputKind.BUFFER_MUTATION:
+            updates.append(str(out.target).removeprefix("module."))
+        elif out.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"the model changes {out.target} ({out.kind.name}), which cannot be split")
+    _loss_first(graph, len(updates))
+    symbols = _batch_symbols(graph, inputs)
+    normalize(graph, symbols)
+    canonical = {id(p): name for name, p in reversed(list(wrapper.module.named_parameters(remove_duplicate=False)))}
+    tied = {
+        name: canonical[id(p)]
+        for name, p in wrapper.module.named_parameters(remove_duplicate=False)
+        if canonical[id(p)] != name
+    }
+    params = {placeholder: tied.get(name, name) for placeholder, name in params.items()}
+    return Captured(
+        graph=graph,
+        params=params,
+        buffers=buffers,
+        constants=constants,
+        inputs=inputs,
+        updates=updates,
+        tied=tied,
+        batch_symbols=symbols,
+        fixed_batch=None if symbols else samples,
+    )
+
+
+def _loss_first(graph: fx.Graph, updates: int) -> None:
+    """Put the loss before the new buffers in the output."""
+    output = graph.output_node()
+    outs = list(output.args[0])  # type: ignore[arg-type]
+    output.args = (tuple(outs[updates:] + outs[:updates]),)
+
+
+def _batch_symbols(graph: fx.Graph, inputs: list[str]) -> frozenset[str]:
+    found = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            value = node.meta["val"]
+            if value.ndim and isinstance(value.shape[0], torch.SymInt):
+                found.add(str(value.shape[0].node.expr))
+    return frozenset(found)
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether a node picks one result of an operator with several."""
+    return node.op == "call_function" and node.target is operator.getitem

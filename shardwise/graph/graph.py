@@ -1,0 +1,300 @@
+"""Graph: a captured model with the dims of every tensor found. Everything that splits, prices or proves reads this."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from shardwise.graph.capture import Captured, capture, is_getitem
+from shardwise.graph.dims import BATCH, ONE, Dim, Size
+from shardwise.graph.normalize import arguments
+from shardwise.graph.rules import RULES, Letter, OpContext, Operand, Slot, Value, operator_name
+from shardwise.job import Batch, Job
+
+
+@dataclass(eq=False)
+class Op:
+    """One operator of the graph.
+
+    Attributes:
+        index: place in execution order.
+        name: operator name without overload, e.g. `aten.linear`.
+        node: its fx node.
+        context: what its rule said.
+        letters: the dims it can be split on.
+        known: whether there is a rule for it; one without runs whole.
+    """
+
+    index: int
+    name: str
+    node: fx.Node
+    context: OpContext
+    known: bool
+    letters: tuple[Letter, ...] = ()
+
+    @property
+    def inputs(self) -> list[Value]:
+        return [o.value for o in self.context.inputs]
+
+    @property
+    def outputs(self) -> list[Value]:
+        return [o.value for o in self.context.outputs]
+
+    @property
+    def module(self) -> str:
+        """Path of the module it was called in, within the user's model."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        path = next(reversed(list(stack.values())), ("",))[0] if stack else ""
+        return str(path).removeprefix("module").removeprefix(".")
+
+
+class Graph:
+    """A captured model with the dims of every tensor found.
+
+    Attributes:
+        captured: the fx graph and what its placeholders are.
+        ops: operators in execution order.
+        values: the tensors that each fx node produces.
+    """
+
+    def __init__(self, captured: Captured, trainable: frozenset[str]) -> None:
+        self.captured = captured
+        self.trainable = trainable
+        self.values: dict[fx.Node, tuple[Value, ...]] = {}
+        self.ops: list[Op] = []
+        self._iota: dict[Value, int] = {}
+        for node in captured.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = (self._value(node.name, node.meta["val"]),)
+                self._label_placeholder(node)
+            elif node.op == "get_attr":
+                raise NotImplementedError(f"captured attribute {node.target}")
+            elif node.op == "call_function" and not is_getitem(node):
+                self._add(node)
+        for op in self.ops:
+            op.letters = tuple(op.context.letters())
+        self._name_dims()
+
+    @classmethod
+    def of(cls, job: Job, module: nn.Module | None = None, batch: Batch | None = None) -> Graph:
+        """Capture a job and find its dims.
+
+        Raises:
+            CaptureError: the model does not capture.
+        """
+        module = module if module is not None else job.build("meta")
+        trainable = frozenset(n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
+        return cls(capture(job, module, batch), trainable)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def value(self, node: fx.Node) -> Value | None:
+        """The tensor that a node stands for; None for numbers and for tuples."""
+        if is_getitem(node):
+            source, index = node.args
+            found = self.values.get(source)  # type: ignore[call-overload]
+            return found[index] if found is not None else None
+        found = self.values.get(node)
+        return found[0] if found is not None and len(found) == 1 else None
+
+    @cached_property
+    def params(self) -> Mapping[str, Value]:
+        """Parameter name to its tensor."""
+        return {
+            self.captured.params[n.name]: v[0] for n, v in self.values.items() if n.name in self.captured.params
+        }
+
+    @property
+    def loss(self) -> fx.Node:
+        node: fx.Node = self.captured.graph.output_node().args[0][0]  # type: ignore[index,assignment]
+        return node
+
+    @cached_property
+    def batch_dim(self) -> Dim | None:
+        """The dim of samples; None where the model fixes their number."""
+        for node in self.values:
+            if node.op == "placeholder" and node.name in self.captured.inputs:
+                value = self.values[node][0]
+                if value.ndim and value.sizes[0] == BATCH:
+                    return value.dims[0].leaves()[0]
+        return None
+
+    @cached_property
+    def needs_grad(self) -> frozenset[Value]:
+        """Tensors that gradients flow through."""
+        found: set[Value] = set()
+        for node, values in self.values.items():
+            if node.op == "placeholder":
+                if self.captured.params.get(node.name) in self.trainable:
+                    found.update(values)
+                continue
+            sources = [self.value(n) for n in node.all_input_nodes]
+            if any(s in found for s in sources if s is not None) and operator_name(node.target) != "aten.detach":
+                found.update(v for v in values if v.dtype.is_floating_point)
+        return frozenset(found)
+
+    @cached_property
+    def learned(self) -> frozenset[Value]:
+        """Tensors that depend on a parameter; the others are functions of the batch alone."""
+        found: set[Value] = set()
+        for node, values in self.values.items():
+            if node.op == "placeholder":
+                if node.name in self.captured.params:
+                    found.update(values)
+            elif any(self.value(n) in found for n in node.all_input_nodes if self.value(n) is not None):
+                found.update(values)
+        return frozenset(found)
+
+    def dims(self) -> Iterator[Dim]:
+        """Every named dim that some operator can be split on, in order of appearance."""
+        seen: set[int] = set()
+        for op in self.ops:
+            for letter in op.letters:
+                if id(letter.dim) not in seen:
+                    seen.add(id(letter.dim))
+                    yield letter.dim
+
+    def work(self, batch: int) -> int:
+        """Forward floating-point operations of `batch` samples, a multiply-add as two."""
+        return sum(op.context.work.at(batch) for op in self.ops)
+
+    def unknown(self) -> list[str]:
+        """Operators without a rule, which run whole on every rank."""
+        return sorted({op.name for op in self.ops if not op.known})
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def _value(self, name: str, fake: Any) -> Value:
+        sizes = tuple(self.size(s) for s in fake.shape)
+        return Value(name, sizes, tuple(Dim(s) for s in sizes), fake.dtype)
+
+    def size(self, size: Any) -> Size:
+        """A size of the capture as a Size."""
+        if isinstance(size, int):
+            return Size(size)
+        expression = size.node.expr
+        coefficient, rest = expression.as_coeff_Mul()
+        power = 0
+        for base, exponent in rest.as_powers_dict().items():
+            if str(base) not in self.captured.batch_symbols or not exponent.is_Integer or exponent < 0:
+                return Size(int(size.node.hint or 0), 0, str(expression))
+            power += int(exponent)
+        return Size(int(coefficient), power)
+
+    def _label_placeholder(self, node: fx.Node) -> None:
+        value = self.values[node][0]
+        if node.name in self.captured.inputs:
+            if value.ndim and value.sizes[0] == BATCH:
+                value.dims[0].hint("batch")
+            if value.ndim > 1 and not value.sizes[1].one and (not value.dtype.is_floating_point or value.ndim == 3):
+                value.dims[1].hint("sequence")
+        elif node.name in self.captured.params:
+            for dim in value.dims:
+                dim.owners.append(self.captured.params[node.name])
+
+    def _add(self, node: fx.Node) -> None:
+        fake = node.meta.get("val")
+        if isinstance(fake, Tensor):
+            fakes = [fake]
+        elif isinstance(fake, (tuple, list)) and all(isinstance(f, Tensor) for f in fake):
+            fakes = list(fake)
+        elif node.target in _NUMBER_FUNCTIONS or not isinstance(fake, (tuple, list)):
+            return
+        else:
+            fakes = [f if isinstance(f, Tensor) else torch.empty(0) for f in fake]
+        outs = tuple(self._value(f"{node.name}.{i}" if len(fakes) > 1 else node.name, f) for i, f in enumerate(fakes))
+        self.values[node] = outs
+        inputs: list[Operand] = []
+
+        def operand(argument: Any) -> Any:
+            if isinstance(argument, fx.Node):
+                value = self.value(argument)
+                if value is None:
+                    return self.size(argument.meta["val"]) if "val" in argument.meta else argument
+                inputs.append(Operand(Slot("in", len(inputs)), value))
+                return inputs[-1]
+            if isinstance(argument, (list, tuple)):
+                return [operand(a) for a in argument]
+            return argument
+
+        named = {name: operand(argument) for name, argument in arguments(node).items()}
+        outputs = [Operand(Slot("out", i), v) for i, v in enumerate(outs)]
+        context = OpContext(node, named, inputs, outputs)
+        context.iota = {o.slot: self._iota[o.value] for o in inputs if o.value in self._iota}
+        name = operator_name(node.target)
+        known = name in RULES
+        if known:
+            RULES[name](context)
+        self._trace_iota(name, context)
+        self.ops.append(Op(len(self.ops), name, node, context, known))
+
+    def _trace_iota(self, name: str, c: OpContext) -> None:
+        """Note tensors that hold 0, 1, 2, ... along one position."""
+        if name == "aten.arange":
+            if c.arguments.get("start", 0) == 0 and c.arguments.get("step", 1) == 1:
+                self._iota[c.out.value] = 0
+            return
+        if not c.inputs or c.inputs[0].value not in self._iota:
+            return
+        source = c.inputs[0]
+        at = self._iota[source.value]
+        moves = name in _IOTA_MOVES or (name == "aten.add" and c.arguments.get("other") == 0)
+        dim = source.value.dims[at].leaves()
+        same = [j for j, d in enumerate(c.out.value.dims) if dim and d.leaves() == dim]
+        if moves and len(same) == 1:
+            self._iota[c.out.value] = same[0]
+
+    def _name_dims(self) -> None:
+        """Give each dim a name that is the same on every rank: its kind and the module of the parameters that have it."""
+        taken: dict[str, int] = {}
+        leaves: dict[int, Dim] = {}
+        owners: dict[int, list[str]] = {}
+        for name, value in self.params.items():
+            for position in value.leaves():
+                for leaf in position:
+                    leaves[id(leaf)] = leaf
+                    owners.setdefault(id(leaf), []).append(name)
+        for dim in self.dims():
+            leaves.setdefault(id(dim), dim)
+        for key, leaf in leaves.items():
+            if leaf.size == BATCH:
+                leaf.label = leaf.name = "batch"
+                continue
+            leaf.label = leaf.label or ("width" if key in owners else "dim")
+            home = common_module(owners.get(key, []))
+            base = f"{leaf.label}@{home}" if home else leaf.label
+            taken[base] = taken.get(base, 0) + 1
+            leaf.name = base if taken[base] == 1 else f"{base}#{taken[base]}"
+            leaf.owners = sorted(owners.get(key, []))
+
+    def __repr__(self) -> str:
+        return f"Graph({len(self.ops)} operators, {len(self.params)} parameters, {len(list(self.dims()))} dims)"
+
+
+_NUMBER_FUNCTIONS = {operator.mul, operator.add, operator.sub, operator.floordiv, torch.ops.aten.sym_size.int}
+_IOTA_MOVES = {
+    "aten.unsqueeze", "aten.squeeze", "aten.view", "aten.reshape", "aten.expand", "aten.slice", "aten.clone",
+    "aten._to_copy", "aten.to", "aten.contiguous", "aten.alias", "aten.detach", "aten._unsafe_view",
+}  # fmt: skip
+
+
+def common_module(names: list[str]) -> str:
+    """The longest module path that all parameter names share."""
+    if not names:
+        return ""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+__all__ = ["ONE", "Graph", "Op", "common_module"]

@@ -1,0 +1,161 @@
+"""Operators that act on each element: every position broadcasts to the output."""
+
+from __future__ import annotations
+
+from shardwise.graph.dims import Size
+from shardwise.graph.rules.context import OpContext, Operand
+from shardwise.graph.rules.table import rule, rules
+
+UNARY = """abs acos asin atan atanh asinh acosh ceil cos cosh erf erfc exp exp2 expm1 floor log log10 log1p log2
+logical_not bitwise_not not_ reciprocal relu relu6 round rsqrt sigmoid sign silu sin sinh softplus sqrt square tan tanh
+trunc frac gelu elu celu selu leaky_relu hardtanh hardswish hardsigmoid mish log_sigmoid softsign threshold clamp
+clamp_min clamp_max clip isnan isinf isfinite nan_to_num logit lgamma digamma special_erf glu_ hardshrink softshrink
+tanhshrink isneginf isposinf""".split()
+
+BINARY = """atan2 eq ne lt le gt ge maximum minimum pow fmod remainder floor_divide logical_and logical_or logical_xor
+bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__
+fmax fmin hypot where masked_fill lerp addcmul addcdiv xlogy prelu_ isclose logaddexp copysign copy fill masked_fill_""".split()
+
+LINEAR_UNARY = """neg clone contiguous _to_copy to type_as detach alias lift_fresh_copy positive real
+_to_dense conj resolve_conj resolve_neg""".split()
+
+
+@rules(UNARY + BINARY)
+def pointwise(c: OpContext) -> None:
+    c.elementwise(c.inputs)
+
+
+@rules(LINEAR_UNARY)
+def pointwise_linear(c: OpContext) -> None:
+    c.elementwise(c.inputs)
+    c.linear_in(c.inputs[0])
+
+
+@rules(["add", "sub", "rsub"])
+def addition(c: OpContext) -> None:
+    c.elementwise(c.inputs)
+    # Adding a number to a partial sum would add it once per rank.
+    if len(c.inputs) == 2:
+        c.linear_in(c.inputs)
+
+
+@rules(["mul", "div", "true_divide"])
+def multiplication(c: OpContext) -> None:
+    c.elementwise(c.inputs)
+    if c.arguments.get("rounding_mode") is not None:
+        return
+    first_only = c.node_name().startswith(("aten.div", "aten.true_divide")) or len(c.inputs) == 1
+    c.linear_in(*(c.inputs[:1] if first_only else c.inputs))
+
+
+@rules(["prelu", "_prelu_kernel"])
+def prelu(c: OpContext) -> None:
+    x, weight = c.inputs
+    c.same(x, c.out)
+    if weight.ndim == 1:
+        if x.ndim > 1 and not weight.size(0).one:
+            c.tie(weight, 0, x, 1)
+    else:
+        c.elementwise([weight])
+
+
+@rules(["glu"])
+def glu(c: OpContext) -> None:
+    x = c.the("self")
+    dim = int(c.arguments.get("dim", -1)) % x.ndim
+    c.same(x, c.out, but=[dim])
+    c.tie_products([(x, dim)], [(c.out, dim)], skip_left=Size(2))
+    c.special(c.out, dim, "glu")
+
+
+@rule("aten.broadcast_tensors")
+def broadcast_tensors(c: OpContext) -> None:
+    for x, out in zip(c.inputs, c.outputs, strict=True):
+        c.elementwise([x], out)
+
+
+@rules(["full_like", "zeros_like", "ones_like", "empty_like"])
+def like(c: OpContext) -> None:
+    c.elementwise(c.inputs)
+
+
+@rules(["zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"])
+def constant(c: OpContext) -> None:
+    c.size_args["size"] = c.out.slot
+    for pos in range(c.out.ndim):
+        c.fresh(c.out, pos)
+
+
+@rule("aten.arange")
+def arange(c: OpContext) -> None:
+    c.fresh(c.out, 0)
+    c.special(c.out, 0, "arange")
+
+
+@rules(["eye", "tril_indices", "triu_indices", "linspace"])
+def whole(c: OpContext) -> None:
+    """Runs whole on every rank: small tables of numbers."""
+
+
+@rules(["tril", "triu"])
+def triangle(c: OpContext) -> None:
+    x = c.the("self")
+    c.same(x, c.out, but=[-1, -2])
+    c.linear_in(x)
+
+
+@rules(["softmax", "_softmax", "log_softmax", "_log_softmax", "softmin"])
+def softmax(c: OpContext) -> None:
+    x = c.inputs[0]
+    c.same(x, c.out, but=[int(c.arguments["dim"])])
+
+
+@rules(["cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "topk", "argsort", "cummax", "diff", "kthvalue"])
+def along(c: OpContext) -> None:
+    x = c.inputs[0]
+    spec = c.arguments.get("dims", c.arguments.get("dim", -1))
+    listed = spec if isinstance(spec, (list, tuple)) else [spec]
+    if c.node_name() == "aten.roll" and not listed:
+        listed = range(x.ndim)
+    for out in c.outputs:
+        c.same(x, out, but=[int(d) for d in listed])
+    if c.node_name() in ("aten.cumsum", "aten.flip", "aten.roll"):
+        c.linear_in(x)
+
+
+@rules(["logsumexp", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "var", "std", "norm",
+        "linalg_vector_norm", "median", "count_nonzero", "var_mean", "std_mean", "mode"])  # fmt: skip
+def reduction(c: OpContext) -> None:
+    if len(c.inputs) == 2:
+        c.elementwise(c.inputs)
+        return
+    x = c.inputs[0]
+    reduced = c.reduced(x)
+    for out in c.outputs:
+        c.keep(x, out, reduced)
+
+
+@rules(["sum", "mean"])
+def summation(c: OpContext) -> None:
+    x = c.inputs[0]
+    reduced = c.reduced(x)
+    c.keep(x, c.out, reduced)
+    for pos in reduced:
+        c.sum_over(x, pos, "mean" if c.node_name() == "aten.mean" else "")
+    c.linear_in(x)
+
+
+@rule("shardwise.dropout")
+def dropout(c: OpContext) -> None:
+    x: Operand = c.inputs[0]
+    c.same(x, c.out)
+    for pos in range(x.ndim):
+        c.special(x, pos, "random")
+
+
+@rules(["uniform", "normal"], prefix="shardwise.")
+def random(c: OpContext) -> None:
+    c.size_args["size"] = c.out.slot
+    for pos in range(c.out.ndim):
+        c.fresh(c.out, pos)
+        c.special(c.out, pos, "random")

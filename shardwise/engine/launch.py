@@ -127,7 +127,7 @@ class Ranks:
             self._tasks += 1
             turn = Turn(self._crew, name, timeout)
             try:
-                turn.send(Order("run", self._tasks, tuple(sys.path)), payload)
+                turn.send(Order("run", self._tasks, tuple(sys.path), tuple(sys.argv)), payload)
                 turn.collect()
                 error = turn.verdict()
             except BaseException:  # above all KeyboardInterrupt
@@ -171,8 +171,16 @@ def _payload(name: str, target: Callable[..., Any], args: tuple[Any, ...]) -> by
 
 # --- the environment --------------------------------------------------------------------------------------------------
 
-_LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK",
-                     "ROLE_WORLD_SIZE", "GLOO_DEVICE_TRANSPORT")  # fmt: skip
+_LAUNCH_VARIABLES = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_NAME",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "GLOO_DEVICE_TRANSPORT",
+)
 
 
 def _environment_of(seat: Seat) -> dict[str, str]:

@@ -59,6 +59,8 @@ class Order:
     task: int = 0
     path: tuple[str, ...] = ()
     """The parent's sys.path."""
+    argv: tuple[str, ...] = ()
+    """The parent's sys.argv."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class _Worker:
     def _run(self, order: Order, body: bytes) -> tuple[str, bytes]:
         try:
             self._leave()
-            sys.path[:] = order.path
+            sys.path[:], sys.argv[:] = order.path, order.argv
             importlib.invalidate_caches()
             torch.set_num_threads(self._seat.threads)
             self._join(order.task)

@@ -19,7 +19,7 @@ from torch._guards import detect_fake_mode
 from shardwise.graph import random
 
 aten = torch.ops.aten
-MEAN, SUM = 1, 2
+NONE, MEAN, SUM = 0, 1, 2
 _LOSSES = {
     aten.mse_loss.default,
     aten.l1_loss.default,
@@ -183,10 +183,13 @@ def _times(r: _Rewriter, a: Any, b: Any) -> Any:
 
 def _cross_entropy(r: _Rewriter, node: fx.Node) -> None:
     a = arguments(node)
+    target = a["target"]
+    if a["reduction"] == NONE and not target.meta["val"].is_floating_point():
+        # torch 2.13 captures this with the shape of a scalar.
+        node.meta["val"] = target.meta["val"].to(a["self"].meta["val"].dtype)
     if a["reduction"] != MEAN:
         return
     total = r.again(node, reduction=SUM)
-    target = a["target"]
     if target.meta["val"].is_floating_point():
         logits = _shape(a["self"])
         classes = 0 if len(logits) == 1 else 1

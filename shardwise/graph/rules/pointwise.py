@@ -27,7 +27,7 @@ def pointwise(c: OpContext) -> None:
 
 @rules(LINEAR_UNARY)
 def pointwise_linear(c: OpContext) -> None:
-    c.elementwise(c.inputs)
+    c.elementwise(c.inputs[:1])
     c.linear_in(c.inputs[0])
 
 

@@ -1,0 +1,252 @@
+"""Collectives on local tensors, each with its mirror image in backward.
+
+`Cut` tensors are cut along one leaf of one position: the position is viewed as (lead, leaf, tail), and parts are joined
+along the leaf. A geometry is `(pos, lead, sizes)`, the sizes of the leaf on each rank of the axis; they differ only where
+the number of samples does not divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.parallel.mesh import Axis
+
+Sizes = Sequence[int]
+
+
+# -- without gradients -------------------------------------------------------------------------------------------------
+
+
+def all_reduce_(x: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Sum over the axis, in place."""
+    if axis.group is not None:
+        axis.record("all_reduce", x.numel() * x.element_size())
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def split_view(x: Tensor, pos: int, lead: int, leaf: int) -> Tensor:
+    """`x` with position `pos` seen as (lead, leaf, tail)."""
+    tail = x.shape[pos] // max(lead * leaf, 1)
+    return x.reshape(*x.shape[:pos], lead, leaf, tail, *x.shape[pos + 1 :])
+
+
+def merge_view(x: Tensor, pos: int) -> Tensor:
+    """The inverse of `split_view`."""
+    merged = x.shape[pos] * x.shape[pos + 1] * x.shape[pos + 2]
+    return x.reshape(*x.shape[:pos], merged, *x.shape[pos + 3 :])
+
+
+def take(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
+    """This rank's part of a whole tensor."""
+    start = sum(sizes[: axis.rank])
+    if lead == 1:
+        tail = x.shape[pos] // max(sum(sizes), 1)
+        return x.narrow(pos, start * tail, sizes[axis.rank] * tail)
+    seen = split_view(x, pos, lead, sum(sizes))
+    return merge_view(seen.narrow(pos + 1, start, sizes[axis.rank]), pos)
+
+
+def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
+    """The whole tensor from every rank's part (all-gather)."""
+    if axis.group is None:
+        return x
+    seen = split_view(x, pos, lead, sizes[axis.rank]).movedim(pos + 1, 0).contiguous()
+    axis.record("all_gather", seen.numel() * seen.element_size())
+    if len(set(sizes)) == 1:
+        out = seen.new_empty((axis.size, *seen.shape))
+        dist.all_gather(list(out.unbind(0)), seen, group=axis.group)
+        whole = out.flatten(0, 1)
+    else:
+        parts = [seen.new_empty((n, *seen.shape[1:])) for n in sizes]
+        _gather_unequal(parts, seen, axis)
+        whole = torch.cat(parts)
+    return merge_view(whole.movedim(0, pos + 1), pos)
+
+
+def _gather_unequal(parts: list[Tensor], mine: Tensor, axis: Axis) -> None:
+    """All-gather of unequal parts: padded to the largest, because not every backend takes unequal sizes."""
+    largest = max(p.shape[0] for p in parts)
+    padded = mine.new_zeros((largest, *mine.shape[1:]))
+    padded[: mine.shape[0]] = mine
+    out = [torch.empty_like(padded) for _ in parts]
+    dist.all_gather(out, padded, group=axis.group)
+    for part, got in zip(parts, out, strict=True):
+        part.copy_(got[: part.shape[0]])
+
+
+def sum_parts(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
+    """This rank's part of the sum over the axis (reduce-scatter)."""
+    if axis.group is None:
+        return x
+    seen = split_view(x, pos, lead, sum(sizes)).movedim(pos + 1, 0).contiguous()
+    axis.record("reduce_scatter", seen.numel() * seen.element_size())
+    parts = list(seen.split(list(sizes)))
+    if len(set(sizes)) == 1:
+        out = torch.empty_like(parts[0])
+        dist.reduce_scatter(out, parts, group=axis.group)
+    else:
+        whole = seen if seen.data_ptr() != x.data_ptr() else seen.clone()
+        dist.all_reduce(whole, group=axis.group)
+        out = whole.split(list(sizes))[axis.rank]
+    return merge_view(out.movedim(0, pos + 1), pos)
+
+
+def exchange_parts(
+    x: Tensor, axis: Axis, source: tuple[int, int, Sizes], target: tuple[int, int, Sizes]
+) -> Tensor:
+    """From a cut along one leaf to a cut along another (all-to-all)."""
+    if axis.group is None:
+        return x
+    pos, lead, sizes = target
+    seen = split_view(x, pos, lead, sum(sizes))
+    outgoing = [part.contiguous() for part in seen.split(list(sizes), dim=pos + 1)]
+    axis.record("all_to_all", x.numel() * x.element_size())
+    mine = [merge_view(part, pos) for part in outgoing]
+    source_pos, source_lead, source_sizes = source
+    own = mine[axis.rank]
+    incoming = []
+    for n in source_sizes:
+        shape = list(own.shape)
+        shape[source_pos] = shape[source_pos] // max(source_sizes[axis.rank], 1) * n
+        incoming.append(own.new_empty(shape))
+    flat = torch.cat([part.reshape(-1) for part in mine])
+    got = torch.empty(sum(part.numel() for part in incoming), dtype=x.dtype, device=x.device)
+    dist.all_to_all_single(
+        got, flat, [part.numel() for part in incoming], [part.numel() for part in mine], group=axis.group
+    )
+    pieces = got.split([part.numel() for part in incoming])
+    shaped = [p.view(part.shape) for p, part in zip(pieces, incoming, strict=True)]
+    joined = [split_view(p, source_pos, source_lead, n) for p, n in zip(shaped, source_sizes, strict=True)]
+    return merge_view(torch.cat(joined, dim=source_pos + 1), source_pos)
+
+
+# -- with gradients ----------------------------------------------------------------------------------------------------
+
+
+class _Vary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # A clone: autograd may hand the same tensor to another branch.
+        return all_reduce_(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes, varies: bool) -> Tensor:
+        ctx.at = (axis, pos, lead, sizes)
+        ctx.varies = varies
+        return join(x, axis, pos, lead, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        back = sum_parts(grad, *ctx.at) if ctx.varies else take(grad, *ctx.at)
+        return back, None, None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes, pads: bool) -> Tensor:
+        ctx.at = (axis, pos, lead, sizes)
+        ctx.pads = pads
+        ctx.shape = x.shape
+        return take(x, axis, pos, lead, sizes).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if not ctx.pads:
+            return join(grad, *ctx.at), None, None, None, None, None
+        axis, pos, lead, sizes = ctx.at
+        whole = grad.new_zeros(ctx.shape)
+        seen = whole.view(*ctx.shape[:pos], lead, sum(sizes), -1, *ctx.shape[pos + 1 :])
+        part = seen.narrow(pos + 1, sum(sizes[: axis.rank]), sizes[axis.rank])
+        part.copy_(grad.reshape(part.shape))
+        return whole, None, None, None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
+        ctx.at = (axis, pos, lead, sizes)
+        return sum_parts(x, axis, pos, lead, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return join(grad, *ctx.at), None, None, None, None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, source: Any, target: Any) -> Tensor:
+        ctx.at = (axis, target, source)
+        return exchange_parts(x, axis, source, target)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return exchange_parts(grad, *ctx.at), None, None, None
+
+
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.factor, None
+
+
+def vary(x: Tensor, axis: Axis) -> Tensor:
+    """Whole → whole, used differently on each rank. Backward: all-reduce."""
+    return _Vary.apply(x, axis)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Partial → whole: all-reduce. Backward: nothing."""
+    return _Reduce.apply(x, axis)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def gather(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes, varies: bool) -> Tensor:
+    """Cut → whole: all-gather. Backward: reduce-scatter where the use varies, else this rank's part."""
+    return _Gather.apply(x, axis, pos, lead, sizes, varies)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def scatter(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes, pads: bool) -> Tensor:
+    """Whole → cut: this rank's part. Backward: all-gather, or zeros elsewhere where the sum comes later (`pads`)."""
+    return _Scatter.apply(x, axis, pos, lead, sizes, pads)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def reduce_scatter(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
+    """Partial → cut: reduce-scatter. Backward: all-gather."""
+    return _ReduceScatter.apply(x, axis, pos, lead, sizes)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def exchange(x: Tensor, axis: Axis, source: tuple[int, int, Sizes], target: tuple[int, int, Sizes]) -> Tensor:
+    """Cut → cut along another leaf: all-to-all. Backward: the way back."""
+    return _Exchange.apply(x, axis, source, target)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def scale_grad(x: Tensor, factor: float) -> Tensor:
+    """Forward nothing. Backward: times a factor, for a gradient that every rank has whole and that will be summed."""
+    return _ScaleGrad.apply(x, factor)  # type: ignore[no-any-return,no-untyped-call]

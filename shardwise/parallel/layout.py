@@ -1,0 +1,284 @@
+"""Layout: on every mesh axis, which dim each operator splits, and so where every tensor is cut, whole or partial.
+
+One pass in execution order. On each axis an operator takes the first of the axis's dims that it has. Its output is then
+
+- cut, where it has the dim,
+- partial (to be summed over the axis), where it summed over the dim,
+- whole, where it split nothing.
+
+Where an operator needs a tensor otherwise than it is, the edge converts it (`parallel.convert`). Gradients mirror this: a
+tensor that is whole but feeds an operator that splits gets a partial gradient ("varies"). For a weight under a batch split
+that partial gradient is data parallel's gradient all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import fx
+
+from shardwise.errors import PlanError
+from shardwise.graph.dims import BATCH, Size, product
+from shardwise.graph.graph import Graph, Op
+from shardwise.graph.rules import Letter, Slot, Value
+from shardwise.graph.rules.shape import NOMINAL_BATCH
+
+
+class Cut(NamedTuple):
+    """The tensor is cut along one leaf of one position."""
+
+    pos: int
+    leaf: int
+
+
+class Whole(NamedTuple):
+    """Every rank has all of it. `varies`: the gradients of this use differ by rank and are to be summed."""
+
+    varies: bool = False
+
+
+class Partial(NamedTuple):
+    """The tensor is the sum of what the ranks have."""
+
+    summed: bool = True
+
+
+State = Cut | Whole | Partial
+States = tuple[State, ...]
+WHOLE, VARIES, PARTIAL = Whole(), Whole(True), Partial()
+
+
+@dataclass(frozen=True)
+class SplitAxis:
+    """A mesh axis as the algebra sees it: its size, and the dims it splits, in order of preference (with wildcards)."""
+
+    name: str
+    size: int
+    dims: tuple[str, ...]
+
+    def matches(self, dim: str) -> int | None:
+        """How early `dim` is among this axis's dims; None where it is not."""
+        return next((i for i, pattern in enumerate(self.dims) if fnmatchcase(dim, pattern)), None)
+
+
+class Choice(NamedTuple):
+    """What an operator does on one axis: splits a letter, passes partial sums on, or runs whole."""
+
+    letter: Letter | None = None
+    passes: bool = False
+
+
+class Layout:
+    """The layout of a graph over mesh axes.
+
+    Attributes:
+        axes: the mesh axes, outermost first.
+        choices: for each operator and axis what it does.
+        states: for each tensor and axis how it is produced. Parameters are as they are stored.
+    """
+
+    def __init__(self, graph: Graph, axes: Sequence[SplitAxis]) -> None:
+        self.graph = graph
+        self.axes = tuple(axes)
+        self.choices: dict[Op, tuple[Choice, ...]] = {}
+        self.states: dict[Value, States] = {}
+        self._place_inputs()
+        for op in graph.ops:
+            self._place(op)
+        self._place_params()
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def needs(self, op: Op, slot: Slot) -> States:
+        """How an operator needs one of its inputs."""
+        value = op.context.operand(slot).value
+        found: list[State] = []
+        for axis, choice in enumerate(self.choices[op]):
+            if choice.letter is not None:
+                place = choice.letter.place(slot)
+                found.append(Cut(place.pos, place.leaf) if place else VARIES)
+            elif choice.passes:
+                found.append(PARTIAL if self._produced(value)[axis] == PARTIAL else VARIES)
+            else:
+                found.append(WHOLE)
+        if value not in self.graph.needs_grad:
+            found = [WHOLE if state == VARIES else state for state in found]
+        return tuple(found)
+
+    @cached_property
+    def uses(self) -> Mapping[Value, list[States]]:
+        """How each tensor is needed, by each of its uses."""
+        found: dict[Value, list[States]] = {}
+        for op in self.graph.ops:
+            for operand in op.context.inputs:
+                found.setdefault(operand.value, []).append(self.needs(op, operand.slot))
+        return found
+
+    def parts(self, dim_size: Size, axes: Sequence[int]) -> int:
+        """Into how many parts these axes cut a dim."""
+        total = 1
+        for axis in axes:
+            total *= self.axes[axis].size
+        return total
+
+    def local_size(self, value: Value, pos: int, states: States) -> tuple[Size, tuple[int, ...]]:
+        """The size of a position on one rank, less its cut of the batch; and the axes that cut the batch in it."""
+        sizes = []
+        batch_axes: tuple[int, ...] = ()
+        for k, leaf in enumerate(value.dims[pos].leaves()):
+            cutting = tuple(a for a, s in enumerate(states) if s == Cut(pos, k))
+            if leaf.size == BATCH:
+                batch_axes = cutting
+                sizes.append(leaf.size)
+                continue
+            parts = 1
+            for a in cutting:
+                parts *= self.axes[a].size
+            sizes.append(Size(leaf.size.coefficient // parts, leaf.size.power, leaf.size.expression))
+        return product(sizes), batch_axes
+
+    def share(self, op: Op) -> float:
+        """The part of an operator's work that one rank does."""
+        part = 1.0
+        for axis, choice in enumerate(self.choices[op]):
+            if choice.letter is not None:
+                part /= self.axes[axis].size
+        return part
+
+    # -- placing -----------------------------------------------------------------------------------------------------
+
+    def _produced(self, value: Value) -> States:
+        return self.states.get(value, (WHOLE,) * len(self.axes))
+
+    def _place_inputs(self) -> None:
+        for node, values in self.graph.values.items():
+            if node.op != "placeholder":
+                continue
+            value = values[0]
+            states: list[State] = [WHOLE] * len(self.axes)
+            if node.name in self.graph.captured.inputs and value.ndim and value.sizes[0] == BATCH:
+                for a, axis in enumerate(self.axes):
+                    if axis.matches("batch") is not None:
+                        states[a] = Cut(0, 0)
+            self.states[value] = tuple(states)
+
+    def _place(self, op: Op) -> None:
+        chosen: list[Choice] = []
+        cut_by: dict[Letter, int] = {}
+        for a, axis in enumerate(self.axes):
+            letter = self._pick(op, axis, cut_by)
+            if letter is not None:
+                cut_by[letter] = cut_by.get(letter, 1) * axis.size
+                chosen.append(Choice(letter))
+            else:
+                chosen.append(Choice(passes=self._passes(op, a)))
+        self.choices[op] = tuple(chosen)
+        for operand in op.context.outputs:
+            states: list[State] = []
+            for choice in chosen:
+                if choice.letter is not None:
+                    place = choice.letter.place(operand.slot)
+                    if place is not None:
+                        states.append(Cut(place.pos, place.leaf))
+                    else:
+                        free = operand.slot in op.context.independent
+                        states.append(PARTIAL if choice.letter.sums and not free and not _whole(choice) else WHOLE)
+                else:
+                    states.append(PARTIAL if choice.passes else WHOLE)
+            self.states[operand.value] = tuple(states)
+
+    def _pick(self, op: Op, axis: SplitAxis, cut_by: Mapping[Letter, int]) -> Letter | None:
+        learned = any(o.value in self.graph.learned for o in op.context.outputs)
+        a = self.axes.index(axis)
+        best: tuple[int, int, int] | None = None
+        found = None
+        for n, letter in enumerate(op.letters):
+            rank = axis.matches(letter.dim.name)
+            if rank is None or not divides(letter, axis.size * cut_by.get(letter, 1)):
+                continue
+            # What depends on the batch alone is cheap to compute and needs no gradient: only the batch itself is cut.
+            if not learned and letter.dim.size != BATCH:
+                continue
+            # Of equals, first what an input is already cut along, then what stays in the output.
+            arrives = any(
+                self._produced(op.context.operand(p.slot).value)[a] == Cut(p.pos, p.leaf)
+                for p in letter.places
+                if p.slot.side == "in"
+            )
+            key = (rank, 0 if arrives else 1, n + (1000 if letter.sums else 0))
+            if best is None or key < best:
+                best, found = key, letter
+        return found
+
+    def _passes(self, op: Op, axis: int) -> bool:
+        partial = frozenset(o.slot for o in op.context.inputs if self._produced(o.value)[axis] == PARTIAL)
+        if not partial or partial not in op.context.linear:
+            return False
+        largest = max(op.context.operand(slot).value.numel().at(NOMINAL_BATCH) for slot in partial)
+        return all(v.numel().at(NOMINAL_BATCH) <= largest for v in op.outputs)
+
+    def _place_params(self) -> None:
+        """Store a parameter cut where all its uses need the same cut of it."""
+        for value in self.graph.params.values():
+            uses = self.uses.get(value, [])
+            states: list[State] = []
+            for a in range(len(self.axes)):
+                wanted = {use[a] for use in uses}
+                first = next(iter(wanted), WHOLE)
+                states.append(first if len(wanted) == 1 and isinstance(first, Cut) else WHOLE)
+            self.states[value] = tuple(states)
+
+    def grad_axes(self, value: Value) -> tuple[int, ...]:
+        """The axes over which a stored parameter's gradient is to be summed."""
+        if value not in self.graph.needs_grad:
+            return ()
+        stored = self.states[value]
+        return tuple(
+            a
+            for a in range(len(self.axes))
+            if not isinstance(stored[a], Cut) and any(use[a] != WHOLE for use in self.uses.get(value, []))
+        )
+
+
+def _whole(choice: Choice) -> bool:
+    """Lowerings that reduce inside, so that their outputs are whole."""
+    return choice.letter is not None and choice.letter.special in ("classes", "batch_norm")
+
+
+def divides(letter: Letter, parts: int) -> bool:
+    """Whether a letter can be cut into equal parts; samples can be cut into unequal ones."""
+    return letter.dim.size == BATCH or letter.dim.size.coefficient % parts == 0
+
+
+def check_axes(graph: Graph, axes: Sequence[SplitAxis]) -> None:
+    """Check that every pattern of every axis names a dim that its size divides.
+
+    Raises:
+        PlanError: an unknown dim, or one that does not divide.
+    """
+    names = {dim.name: dim for dim in graph.dims()}
+    for axis in axes:
+        for pattern in axis.dims:
+            hits = [d for name, d in names.items() if fnmatchcase(name, pattern)]
+            if not hits and not any(c in pattern for c in "*?["):
+                near = ", ".join(sorted(names)[:12])
+                raise PlanError(
+                    f"axis {axis.name} splits dim {pattern!r}, but the model has no such dim; it has: {near}"
+                )
+            exact = [d for d in hits if d.name == pattern and d.size != BATCH]
+            for dim in exact:
+                if dim.size.coefficient % axis.size:
+                    raise PlanError(
+                        f"axis {axis.name} of size {axis.size} cannot split dim {dim.name} of size "
+                        f"{dim.size.coefficient}: {axis.size} does not divide {dim.size.coefficient}; "
+                        "choose another dim or another axis size"
+                    )
+
+
+def node_of(graph: Graph, value: Value) -> fx.Node:
+    """The fx node that produces a tensor (its operator, for one of several results)."""
+    return next(node for node, values in graph.values.items() if value in values)

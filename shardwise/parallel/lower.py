@@ -1,0 +1,218 @@
+"""Operators on a part of their tensors that are not the same operator: what their letters' `special` names.
+
+These run inside a rank's program. `axes` are the mesh axes that cut the letter, outermost first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwise.graph import random
+from shardwise.parallel.collectives import all_reduce_, reduce, vary
+from shardwise.parallel.mesh import Axis
+
+aten = torch.ops.aten
+Chain = Sequence[tuple[int, int]]
+"""Cuts of one dim, outermost first: (number of parts, this rank's part)."""
+
+
+def chunk(n: int, parts: int, index: int) -> int:
+    """Size of part `index` of `n`; the first parts are larger where it does not divide."""
+    return n // parts + (index < n % parts)
+
+
+def chunk_start(n: int, parts: int, index: int) -> int:
+    """Where part `index` of `n` starts."""
+    return (n // parts) * index + min(index, n % parts)
+
+
+def local_count(n: int, chain: Chain) -> int:
+    """How many of `n` samples this rank has."""
+    for parts, index in chain:
+        n = chunk(n, parts, index)
+    return n
+
+
+def local_start(n: int, chain: Chain) -> int:
+    """Where this rank's samples start."""
+    start = 0
+    for parts, index in chain:
+        start += chunk_start(n, parts, index)
+        n = chunk(n, parts, index)
+    return start
+
+
+def part_sizes(n: int, chain: Chain, parts: int) -> list[int]:
+    """The sizes of the parts that this rank's samples would be cut into."""
+    n = local_count(n, chain)
+    return [chunk(n, parts, i) for i in range(parts)]
+
+
+def embedding(table: Tensor, index: Tensor, start: int, *rest: Any) -> Tensor:
+    """Rows of a table of which this rank has `start` to `start + len(table)`; zero for the others'."""
+    local = index - start
+    mine = (local >= 0) & (local < table.shape[0])
+    found = aten.embedding.default(table, torch.where(mine, local, 0))
+    return torch.where(mine.unsqueeze(-1), found, found.new_zeros(()))
+
+
+class _SplitCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore: int, start: int, axes: Sequence[Axis]) -> Tensor:
+        largest = logits.amax(dim=1).float() if logits.dtype is torch.bfloat16 else logits.amax(dim=1)
+        for axis in axes:
+            all_reduce_(largest, axis, op=dist.ReduceOp.MAX)
+        shifted = logits - largest.unsqueeze(1)
+        exps = shifted.exp()
+        local = target - start
+        mine = (local >= 0) & (local < logits.shape[1])
+        safe = torch.where(mine, local, 0)
+        own = shifted.gather(1, safe.unsqueeze(1)).squeeze(1) * mine
+        both = torch.stack([exps.sum(1), own])
+        for axis in axes:
+            all_reduce_(both, axis)
+        valid = target != ignore
+        loss = torch.where(valid, both[0].log() - both[1], both.new_zeros(()))
+        ctx.save_for_backward(exps.div_(both[0].unsqueeze(1)), safe, mine, valid)
+        ctx.dtype = logits.dtype
+        return loss.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        probabilities, safe, mine, valid = ctx.saved_tensors
+        back = probabilities.clone()
+        back.scatter_add_(1, safe.unsqueeze(1), -(mine.to(back.dtype)).unsqueeze(1))
+        back.mul_((valid.to(back.dtype) * grad).unsqueeze(1))
+        return back.to(ctx.dtype), None, None, None, None
+
+
+def cross_entropy(logits: Tensor, target: Tensor, ignore: int, start: int, axes: Sequence[Axis]) -> Tensor:
+    """Sum of cross-entropies over samples, the classes cut over `axes` (Shoeybi et al. 2019, section 3).
+
+    Args:
+        logits: [samples, this rank's classes].
+        target: [samples].
+        ignore: target value that does not count.
+        start: this rank's first class.
+        axes: mesh axes that cut the classes.
+    """
+    return _SplitCrossEntropy.apply(logits, target, ignore, start, axes)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float | None, gqa: bool) -> Tensor:
+    """Causal attention of the queries from `start` on, over all keys."""
+    rows = torch.arange(start, start + q.shape[-2], device=q.device).unsqueeze(1)
+    mask = rows >= torch.arange(k.shape[-2], device=q.device)
+    return aten.scaled_dot_product_attention.default(q, k, v, mask, 0.0, False, scale=scale, enable_gqa=gqa)  # type: ignore[no-any-return]
+
+
+def mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool, dtype: Any, count: int) -> Tensor:
+    """This rank's share of a mean over `count` elements."""
+    total = x.sum(dtype=dtype) if dim is None else x.sum(list(dim), keepdim=keepdim, dtype=dtype)
+    return total / count
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    count: int,
+    axes: Sequence[Axis],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Batch normalisation with the statistics of all ranks' samples; `count` is samples times positions, over all ranks.
+
+    Two sums travel: values, then squared deviations from the global mean, which unlike sums of squares do not cancel.
+    """
+    over = [i for i in range(x.ndim) if i != 1]
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    total = x.sum(over)
+    for axis in axes:
+        total = vary(reduce(total, axis), axis)
+    average = total / count
+    centred = x - average.view(shape)
+    squares = (centred * centred).sum(over)
+    for axis in axes:
+        squares = vary(reduce(squares, axis), axis)
+    variance = squares / count
+    inverse = torch.rsqrt(variance + eps)
+    out = centred * inverse.view(shape)
+    if weight is not None:
+        out = out * weight.view(shape)
+    if bias is not None:
+        out = out + bias.view(shape)
+    with torch.no_grad():
+        unbiased = variance * (count / max(count - 1, 1))
+        new_mean = running_mean + momentum * (average.to(running_mean.dtype) - running_mean)
+        new_var = running_var + momentum * (unbiased.to(running_var.dtype) - running_var)
+    return out, average.detach(), inverse.detach(), new_mean, new_var
+
+
+def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, start: int) -> Tensor:
+    """Rows grouped by expert times their expert's matrix, for this rank's experts from `start`; zero elsewhere.
+
+    Args:
+        x: [rows, in], sorted by expert.
+        w: [this rank's experts, in, out].
+        offsets: [all experts], where each expert's rows end.
+    """
+    ends = offsets.tolist()
+    first = ends[start - 1] if start else 0
+    out = x.new_zeros((x.shape[0], w.shape[2]))
+    parts = []
+    for e in range(w.shape[0]):
+        last = ends[start + e]
+        parts.append(x[first:last] @ w[e])
+        first = last
+    begin = ends[start - 1] if start else 0
+    return torch.cat([out[:begin], *parts, out[first:]])
+
+
+Span = Sequence[Sequence[tuple[int, int, int]]]
+"""For each position its leaves, major first: (start, size on this rank, whole size)."""
+
+
+def _indices(span: Span, device: torch.device) -> tuple[list[Tensor], list[int]]:
+    found, whole = [], []
+    for leaves in span:
+        index = torch.zeros(1, dtype=torch.int64, device=device)
+        total = 1
+        for start, size, full in leaves:
+            own = torch.arange(start, start + size, device=device)
+            index = (index.unsqueeze(1) * full + own).reshape(-1)
+            total *= full
+        found.append(index)
+        whole.append(total)
+    return found, whole
+
+
+def _at(shape: Sequence[int], span: Span, device: torch.device) -> Tensor:
+    axes, whole = _indices(span, device)
+    return random.positions(shape, axes, whole, device)
+
+
+def dropout(x: Tensor, p: float, op: int, key: int, span: Span) -> Tensor:
+    """Dropout of a part, its mask a function of the whole tensor's positions."""
+    return random.dropout_at(x, p, _at(x.shape, span, x.device), random.stream(key, 0, op))
+
+
+def draw(normal: bool, size: Sequence[int], op: int, key: int, span: Span, dtype: Any, device: Any) -> Tensor:
+    """A part of a tensor of random numbers."""
+    at = _at(size, span, torch.device(device))
+    make = random.normal_at if normal else random.uniform_at
+    return make(at, random.stream(key, 0, op), dtype)
+
+
+def times(a: int, b: int) -> int:
+    """A product of numbers that are known at run time."""
+    return a * b
+
+

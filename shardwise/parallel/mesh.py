@@ -1,0 +1,137 @@
+"""The device mesh at run time: for each axis this rank's place, its process group, and a record of what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from shardwise.errors import PlanError
+
+
+class Traffic(NamedTuple):
+    """One kind of collective on one axis: how often, and the bytes this rank hands in, together."""
+
+    kind: str
+    axis: str
+    count: int
+    bytes: int
+
+
+@dataclass
+class Recorder:
+    """Counts collectives as they are called."""
+
+    counts: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def add(self, kind: str, axis: str, size: int) -> None:
+        entry = self.counts.setdefault((kind, axis), [0, 0])
+        entry[0] += 1
+        entry[1] += size
+
+    def take(self) -> list[Traffic]:
+        """What was counted since the last call, in a fixed order."""
+        found = [Traffic(kind, axis, n, size) for (kind, axis), (n, size) in sorted(self.counts.items())]
+        self.counts.clear()
+        return found
+
+
+@dataclass(eq=False)
+class Axis:
+    """One mesh axis on this rank.
+
+    Attributes:
+        name: what the plan calls it.
+        size: ranks along it.
+        rank: this rank's place along it.
+        group: its process group; None for a size of one, or where nothing is sent.
+        ranks: the global ranks along it.
+    """
+
+    name: str
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+    recorder: Recorder
+
+    def record(self, kind: str, size: int) -> None:
+        self.recorder.add(kind, self.name, size)
+
+
+@dataclass(eq=False)
+class Mesh:
+    """All axes of a plan on this rank, outermost first. The last axis has neighbouring ranks."""
+
+    axes: tuple[Axis, ...]
+    rank: int
+    recorder: Recorder
+
+    @property
+    def size(self) -> int:
+        total = 1
+        for axis in self.axes:
+            total *= axis.size
+        return total
+
+    def __getitem__(self, name: str) -> Axis:
+        return next(axis for axis in self.axes if axis.name == name)
+
+    def __contains__(self, name: str) -> bool:
+        return any(axis.name == name for axis in self.axes)
+
+    def coordinates(self) -> tuple[int, ...]:
+        return tuple(axis.rank for axis in self.axes)
+
+    @classmethod
+    def build(cls, sizes: Sequence[tuple[str, int]], rank: int | None = None) -> Mesh:
+        """The mesh of the default process group; without one, a mesh that only one rank can use.
+
+        Raises:
+            PlanError: the axes' product is not the number of ranks.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        me = rank if rank is not None else (dist.get_rank() if dist.is_initialized() else 0)
+        total = 1
+        for _, size in sizes:
+            total *= size
+        if total != world and rank is None:
+            shape = " x ".join(f"{name} {size}" for name, size in sizes) or "one rank"
+            raise PlanError(f"the plan is for {total} ranks ({shape}), but {world} are running; start {total} ranks")
+        recorder = Recorder()
+        axes = []
+        for index, (name, size) in enumerate(sizes):
+            mine, group = _group(sizes, index, me, real=rank is None)
+            axes.append(Axis(name, size, mine.index(me), group, tuple(mine), recorder))
+        return cls(tuple(axes), me, recorder)
+
+
+def _group(
+    sizes: Sequence[tuple[str, int]], index: int, me: int, *, real: bool
+) -> tuple[list[int], dist.ProcessGroup | None]:
+    """The ranks along one axis through `me`, and their group. Every rank makes all groups, in the same order."""
+    shape = [size for _, size in sizes]
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        strides[i] = strides[i + 1] * shape[i + 1]
+    others = [range(n) if i != index else range(1) for i, n in enumerate(shape)]
+    mine: list[int] = []
+    group = None
+    for at in product(*others):
+        base = sum(c * s for c, s in zip(at, strides, strict=True))
+        ranks = [base + k * strides[index] for k in range(shape[index])]
+        made = dist.new_group(ranks) if real and shape[index] > 1 else None
+        if me in ranks:
+            mine, group = ranks, made
+    return mine, group
+
+
+@contextmanager
+def recording(mesh: Mesh) -> Iterator[Recorder]:
+    """Forget what was counted before, and count."""
+    mesh.recorder.take()
+    yield mesh.recorder

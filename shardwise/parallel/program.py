@@ -158,20 +158,21 @@ class Emitter:
         if name not in names:
             names.append(name)
             if not hasattr(self.root, key):
-                setattr(self.root, key, nn.Parameter(torch.empty(0)) if names is self.params else None)
-                if names is self.buffers:
+                if names is self.params:
+                    setattr(self.root, key, nn.Parameter(torch.empty(0)))
+                else:
                     self.root.register_buffer(key, torch.empty(0), persistent=False)
         return self.out.get_attr(key)
 
     def get(self, value: Value, target: States) -> fx.Node:
         """A tensor in the states that a use needs."""
         produced = self.produced(value)
-        if produced == target:
+        is_param = self._sources[value].name in self.graph.captured.params
+        if produced == target and not is_param:
             return self.base(value)
         if (value, target) in self.converted:
             return self.converted[value, target]
         node = self.base(value)
-        is_param = self._sources[value].name in self.graph.captured.params
         grad = value in self.graph.needs_grad
         node = self._convert(value, node, produced, target, grad, is_param)
         self.converted[value, target] = node
@@ -211,7 +212,7 @@ class Emitter:
             axis = self.axes[a]
             if axis is None:
                 node = self._in_time(a, node, old, new, value)
-            elif old == new:
+            elif old == new and not (is_param and isinstance(new, Whole)):
                 continue
             elif old == PARTIAL and isinstance(new, Cut):
                 now[a] = WHOLE
@@ -399,6 +400,9 @@ class _Call:
                 result = handler(self, special.get(name))
                 if result is not None:
                     return result
+        if op.name in _VIEWS:
+            # A part of a tensor may not have the strides that the whole one had.
+            return e._call(aten.reshape.default, self.args["self"], self.args["size"])
         always = _ALWAYS.get(op.name)
         if always is not None:
             result = always(self)
@@ -626,6 +630,7 @@ _SPECIAL: dict[tuple[str, str], _Handler] = {
     ("experts", ""): _experts,
     ("batch_norm", ""): _batch_norm,
 }
+_VIEWS = {"aten.view", "aten._unsafe_view", "aten.view_copy", "aten._reshape_alias"}
 _ALWAYS: dict[str, Callable[[_Call], fx.Node | None]] = {
     "aten.slice": _slice,
     "aten.arange": _arange,

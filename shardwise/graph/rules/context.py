@@ -201,6 +201,19 @@ class OpContext:
         """Of position `i`, only the major `count` can be split."""
         self.majors[a.slot, i % a.ndim] = count
 
+    def tie_parts(self, count: Size, places: Sequence[tuple[Operand, int]]) -> None:
+        """The major `count` of each position is the same dim, and the only part that can be split."""
+        carved = [dims.carve([a.value.dims[i]], count) for a, i in places]
+        if any(parts is None for parts in carved):
+            return
+        (first, i), first_parts = places[0], carved[0]
+        for (a, j), parts in zip(places[1:], carved[1:], strict=True):
+            assert parts is not None and first_parts is not None
+            dims.tie(first_parts[0], parts[0])
+            self.ties.append(_Tie(((first.slot, i),), ((a.slot, j),), ONE, ONE))
+        for a, j in places:
+            self.only_major(a, j, count)
+
     def fresh(self, a: Operand, i: int) -> None:
         """The operator makes this position itself, so any part of it can be made alone."""
         key = (a.slot, i % a.ndim)

@@ -127,11 +127,8 @@ def convolution(c: OpContext) -> None:
         c.sum_over(x, 1)
         c.tie(w, 0, out, 1)
     else:
-        g = Size(groups)
-        c.tie(w, 0, out, 1)
-        if x.size(1) == g:
-            c.tie_major(out, 1, x, 1)
-            c.special(x, 1, "groups")
+        c.tie_parts(Size(groups), [(x, 1), (w, 0), (out, 1)])
+        c.special(x, 1, "groups")
     c.hint(w, 0, "channels")
     c.linear_in(x)
     kernel = product(w.value.sizes[1:])

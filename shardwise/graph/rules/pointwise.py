@@ -119,6 +119,8 @@ def along(c: OpContext) -> None:
         listed = range(x.ndim)
     for out in c.outputs:
         c.same(x, out, but=[int(d) for d in listed])
+    for other in c.inputs[1:]:
+        c.same(x, other, but=[int(d) for d in listed])
     if c.node_name() in ("aten.cumsum", "aten.flip", "aten.roll"):
         c.linear_in(x)
 

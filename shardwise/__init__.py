@@ -1,1 +1,112 @@
-"""Shardwise: the split of a PyTorch model and its data over machines, found, run and proved."""
+"""Shardwise: the split of a PyTorch model and its data over machines, found, run and proved.
+
+    import shardwise as sw
+    plan = sw.plan(job, ranks=2)
+    result = sw.train(job, plan, steps=200)
+    print(sw.report(plan, result))
+
+Names are imported when they are first used, so that `import shardwise` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# These packages share their names with functions of the façade. Imported first, they do not replace them later.
+import shardwise.plan
+import shardwise.report  # noqa: F401
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shardwise.engine.engine import Engine, parallelize
+    from shardwise.engine.train import Result, train
+    from shardwise.errors import RunError, ShardwiseError, UserError
+    from shardwise.graph.graph import Graph
+    from shardwise.graph.rules import rule
+    from shardwise.job import Job, load_spec
+    from shardwise.measure.verify import verify
+    from shardwise.plan.plan import Plan, PlanAxis
+    from shardwise.search.strategies import strategies
+
+_HOMES = {
+    "Engine": "shardwise.engine.engine",
+    "Graph": "shardwise.graph.graph",
+    "Job": "shardwise.job",
+    "Plan": "shardwise.plan.plan",
+    "PlanAxis": "shardwise.plan.plan",
+    "Result": "shardwise.engine.train",
+    "RunError": "shardwise.errors",
+    "ShardwiseError": "shardwise.errors",
+    "UserError": "shardwise.errors",
+    "load_spec": "shardwise.job",
+    "parallelize": "shardwise.engine.engine",
+    "rule": "shardwise.graph.rules",
+    "strategies": "shardwise.search.strategies",
+    "train": "shardwise.engine.train",
+    "verify": "shardwise.measure.verify",
+}
+
+__all__ = [
+    "Engine",
+    "Graph",
+    "Job",
+    "Plan",
+    "PlanAxis",
+    "Result",
+    "RunError",
+    "ShardwiseError",
+    "UserError",
+    "capture",
+    "load_spec",
+    "parallelize",
+    "plan",
+    "report",
+    "rule",
+    "strategies",
+    "train",
+    "verify",
+]
+
+
+def capture(job: Job) -> Graph:
+    """The graph of a job with the dims of every tensor found; its weights are not allocated.
+
+    Raises:
+        CaptureError: the model does not capture.
+    """
+    from shardwise.graph.graph import Graph
+
+    return Graph.of(job)
+
+
+def plan(job: Job, ranks: int) -> Plan:
+    """The plan for `ranks` ranks that the planner likes best.
+
+    Raises:
+        PlanError: no plan fits.
+        CaptureError: the model does not capture.
+    """
+    from shardwise.search.choose import choose
+
+    return choose(capture(job), ranks)[0].plan
+
+
+def report(plan: Plan, result: Result, predicted: Mapping[str, float] | None = None) -> str:
+    """What a run did as text: its plan, speed, memory and collectives, beside the seconds that were predicted."""
+    from shardwise.report.terminal import report
+
+    return report(plan, result, predicted)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shardwise' has no attribute {name!r}")
+    found = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

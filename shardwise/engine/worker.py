@@ -249,6 +249,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
         if isinstance(obj, (FunctionType, type)):
             self._meet(obj.__module__)
         elif isinstance(obj, ModuleType):
+            if type(obj) is not ModuleType and sys.modules.get(obj.__name__) is obj:
+                return importlib.import_module, (obj.__name__,)  # torch.ops and its like, which do not pickle
             self._meet(obj.__name__)
         return super().reducer_override(obj)
 
@@ -286,8 +288,8 @@ def _ungainly(tensor: torch.Tensor) -> bool:
 def _importable(module: ModuleType, name: str) -> bool:
     """Whether importing `name` in a fresh process finds the source file that this module came from."""
     here = getattr(module, "__file__", None) or ""
-    if not here.endswith(".py"):
-        return True  # built in, compiled, or made up: cloudpickle knows those better
+    if not here.endswith(".py") or not os.path.isfile(here):
+        return True  # built in, compiled, or made up (torch.ops): cloudpickle knows those better
     path: Any = None
     spec: importlib.machinery.ModuleSpec | None = None
     parts = name.split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Op:
 
     Attributes:
         index: place in execution order.
+        id: name of this very operator, e.g. `linear.3`; the same however the model was captured.
         name: operator name without overload, e.g. `aten.linear`.
         node: its fx node.
         context: what its rule said.
@@ -32,6 +34,7 @@ class Op:
     """
 
     index: int
+    id: str
     name: str
     node: fx.Node
     context: OpContext
@@ -69,6 +72,7 @@ class Graph:
         self.values: dict[fx.Node, tuple[Value, ...]] = {}
         self.ops: list[Op] = []
         self._iota: dict[Value, int] = {}
+        self._counts: dict[str, int] = {}
         for node in captured.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = (self._value(node.name, node.meta["val"]),)
@@ -164,6 +168,11 @@ class Graph:
         """Forward floating-point operations of `batch` samples, a multiply-add as two."""
         return sum(op.context.work.at(batch) for op in self.ops)
 
+    def fingerprint(self) -> str:
+        """A short name for this graph: equal for equal operators, shapes and parameters."""
+        text = repr([(op.name, [v.sizes for v in op.outputs]) for op in self.ops if op.name not in _CASTS] + sorted(self.params))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
     def unknown(self) -> list[str]:
         """Operators without a rule, which run whole on every rank."""
         return sorted({op.name for op in self.ops if not op.known})
@@ -232,7 +241,8 @@ class Graph:
         if known:
             RULES[name](context)
         self._trace_iota(name, context)
-        self.ops.append(Op(len(self.ops), name, node, context, known))
+        count = self._counts[name] = self._counts.get(name, -1) + 1
+        self.ops.append(Op(len(self.ops), f"{name.rpartition('.')[2]}.{count}", name, node, context, known))
 
     def _trace_iota(self, name: str, c: OpContext) -> None:
         """Note tensors that hold 0, 1, 2, ... along one position."""
@@ -277,6 +287,7 @@ class Graph:
         return f"Graph({len(self.ops)} operators, {len(self.params)} parameters, {len(list(self.dims()))} dims)"
 
 
+_CASTS = {"aten._to_copy", "aten.to"}
 _NUMBER_FUNCTIONS = {operator.mul, operator.add, operator.sub, operator.floordiv, torch.ops.aten.sym_size.int}
 _IOTA_MOVES = {
     "aten.unsqueeze", "aten.squeeze", "aten.view", "aten.reshape", "aten.expand", "aten.slice", "aten.clone",

@@ -13,6 +13,7 @@ that partial gradient is data parallel's gradient all-reduce.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,27 +29,30 @@ from shardwise.graph.rules import Letter, Slot, Value
 from shardwise.graph.rules.shape import NOMINAL_BATCH
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Cut:
     """The tensor is cut along one leaf of one position."""
 
     pos: int
     leaf: int
 
 
-class Whole(NamedTuple):
+@dataclass(frozen=True)
+class Whole:
     """Every rank has all of it. `varies`: the gradients of this use differ by rank and are to be summed."""
 
     varies: bool = False
 
 
-class Partial(NamedTuple):
+@dataclass(frozen=True)
+class Partial:
     """The tensor is the sum of what the ranks have."""
-
-    summed: bool = True
 
 
 State = Cut | Whole | Partial
 States = tuple[State, ...]
+TIME = "micro-batches"
+"""Name of the axis of micro-batches, over which nothing can be sent."""
 WHOLE, VARIES, PARTIAL = Whole(), Whole(True), Partial()
 
 
@@ -66,10 +70,10 @@ class SplitAxis:
 
 
 class Choice(NamedTuple):
-    """What an operator does on one axis: splits a letter, passes partial sums on, or runs whole."""
+    """What an operator does on one axis: splits a letter, passes partial sums of some inputs on, or runs whole."""
 
     letter: Letter | None = None
-    passes: bool = False
+    passes: frozenset[Slot] = frozenset()
 
 
 class Layout:
@@ -86,6 +90,7 @@ class Layout:
         self.axes = tuple(axes)
         self.choices: dict[Op, tuple[Choice, ...]] = {}
         self.states: dict[Value, States] = {}
+        self._readers = Counter(v for op in graph.ops for v in set(op.inputs))
         self._place_inputs()
         for op in graph.ops:
             self._place(op)
@@ -102,7 +107,7 @@ class Layout:
                 place = choice.letter.place(slot)
                 found.append(Cut(place.pos, place.leaf) if place else VARIES)
             elif choice.passes:
-                found.append(PARTIAL if self._produced(value)[axis] == PARTIAL else VARIES)
+                found.append(PARTIAL if slot in choice.passes else VARIES)
             else:
                 found.append(WHOLE)
         if value not in self.graph.needs_grad:
@@ -214,12 +219,21 @@ class Layout:
                 best, found = key, letter
         return found
 
-    def _passes(self, op: Op, axis: int) -> bool:
+    def _passes(self, op: Op, axis: int) -> frozenset[Slot]:
+        """The inputs whose partial sums an operator passes on, being linear in them together; none if it should not."""
+        none: frozenset[Slot] = frozenset()
         partial = frozenset(o.slot for o in op.context.inputs if self._produced(o.value)[axis] == PARTIAL)
+        if self.axes[axis].name == TIME:
+            # Sums over micro-batches of what depends on the batch alone are made beforehand.
+            partial = frozenset(s for s in partial if op.context.operand(s).value in self.graph.learned)
+            return next((group for group in op.context.linear if partial and partial <= group), none)
         if not partial or partial not in op.context.linear:
-            return False
+            return none
+        # Where another operator needs the sum, it is made once, for both.
+        if any(self._readers[op.context.operand(s).value] > 1 for s in partial):
+            return none
         largest = max(op.context.operand(slot).value.numel().at(NOMINAL_BATCH) for slot in partial)
-        return all(v.numel().at(NOMINAL_BATCH) <= largest for v in op.outputs)
+        return partial if all(v.numel().at(NOMINAL_BATCH) <= largest for v in op.outputs) else none
 
     def _place_params(self) -> None:
         """Store a parameter cut where all its uses need the same cut of it."""

@@ -60,6 +60,9 @@ class Emitter:
         device: where the program runs; capture may have happened elsewhere.
         given: tensors that another program computed, with the states that they arrive in.
         dtypes: replaces dtypes that the model names, for proofs in float64.
+        per_micro_batch: batch statistics are of one micro-batch.
+        recompute: patterns of the modules whose activations are computed again in backward.
+        exact_dropout: dropout masks are functions of position.
     """
 
     graph: Graph
@@ -68,6 +71,9 @@ class Emitter:
     device: torch.device
     given: dict[Value, States] = field(default_factory=dict)
     dtypes: dict[torch.dtype, torch.dtype] = field(default_factory=dict)
+    per_micro_batch: bool = False
+    recompute: tuple[str, ...] = ()
+    exact_dropout: bool = True
 
     def __post_init__(self) -> None:
         self.out = fx.Graph()
@@ -239,6 +245,12 @@ class Emitter:
         if new == PARTIAL and isinstance(old, Whole):
             share = self._call(_share, self.samples, self.total)
             return self._call(aten.mul.Tensor, node, share)
+        if isinstance(new, Cut) and isinstance(old, Whole):
+            states = [WHOLE] * len(self.axes)
+            lead: Number = 1
+            for k in range(new.leaf):
+                lead = self._times(lead, self.leaf_size(value, new.pos, k, states))
+            return self._call(_narrow, node, new.pos, lead, self.first, self.samples, self.total)
         return node
 
     @staticmethod
@@ -606,7 +618,7 @@ def _batch_norm(call: _Call, letter: Letter | None) -> fx.Node | None:
         return None
     e = call.emitter
     x = call.op.context.inputs[0].value
-    count: Number = e.total
+    count: Number = e.samples if e.per_micro_batch else e.total
     for size in x.sizes[2:]:
         count = e._times(count, size.coefficient)
     axes = [e._attr(at_axis(list(e.axes).index(axis))) for axis in call.cut[letter]]
@@ -661,6 +673,11 @@ def lower_add(a: int, b: int) -> int:
 
 def _share(samples: int, total: int) -> float:
     return samples / total
+
+
+def _narrow(x: Tensor, pos: int, lead: int, first: int, samples: int, total: int) -> Tensor:
+    """The samples of one micro-batch."""
+    return c.merge_view(c.split_view(x, pos, lead, total).narrow(pos + 1, first, samples), pos)
 
 
 def _arange_span(span: Any, dtype: Any, device: Any) -> Tensor:

@@ -1,0 +1,43 @@
+"""Keep your own training loop: each rank runs this file.
+
+torchrun --nproc-per-node 2 --local-addr 127.0.0.1 examples/torchrun_loop.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+import shardwise as sw
+from shardwise.engine.launch import joined
+
+sys.path.insert(0, str(Path(__file__).parent))
+from byte_lm import job
+
+STEPS = 20
+
+
+def main() -> None:
+    whole = job()
+    with joined() as place:  # the process group: torchrun's, or this process alone
+        engine = sw.parallelize(whole, sw.plan(whole, ranks=place.world))
+        # The loader gives global batches, the same on every rank; `feed` takes this rank's share of each.
+        order = torch.Generator().manual_seed(whole.seed)
+        loader = DataLoader(whole.data, batch_size=whole.global_batch, shuffle=True, drop_last=True, generator=order)
+        for step, batch in enumerate(engine.feed(loader), 1):
+            loss = engine.step(batch)  # forward, backward, gradient sync, clipping, optimizer
+            if place.rank == 0:
+                print(f"step {step}: loss {loss:.4f}", flush=True)
+            if step == STEPS:
+                break
+        weights = engine.state_dict()  # your own names and shapes, whole, on every rank
+        if place.rank == 0:
+            print(f"{len(weights)} tensors, trained on {dist.get_world_size()} ranks as {engine.plan.title()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""The command line: the library's functions over files. What people read goes to stdout, errors to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from shardwise.errors import CaptureError, JobError, PlanError, ProofError, ShardwiseError, UserError
+
+if TYPE_CHECKING:
+    from shardwise.job import Job
+    from shardwise.plan.plan import Plan
+
+STRATEGIES = ("data", "sharded", "tensor", "pipeline", "hybrid")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, 1 for a failed run or proof, 2 for a mistake of the user's, 130 for Ctrl-C."""
+    try:
+        arguments = _parser().parse_args(argv)
+        with _quiet_stdout(arguments.json):
+            found, status = arguments.run(arguments)
+        if arguments.json and found is not None:
+            print(json.dumps(found, indent=2))
+        sys.stdout.flush()
+        return int(status)
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141  # as a program that SIGPIPE ended
+    except KeyboardInterrupt:
+        print("\nshardwise: interrupted", file=sys.stderr)
+        return 130
+    except ShardwiseError as error:
+        return _told(error, str(error), error.exit_status)
+    except Exception as error:
+        hint = "; this is a bug of Shardwise's, or of the code it was given; SHARDWISE_DEBUG=1 shows where"
+        return _told(error, f"{type(error).__name__}: {error}{hint}", 1)
+
+
+def _told(error: Exception, message: str, status: int) -> int:
+    if os.environ.get("SHARDWISE_DEBUG") == "1":
+        traceback.print_exception(error)
+    print(f"shardwise: error: {message}", file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def _quiet_stdout(json_wanted: bool) -> Iterator[None]:
+    """With --json stdout is for the one JSON value; what else is printed, on ranks too, goes to stderr."""
+    if not json_wanted:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _drop_stdout() -> None:
+    """Nobody reads stdout any more, and Python would complain about it when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="shardwise", description="Split a PyTorch model and its data over devices, run it, prove it.")
+    parser.add_argument("--version", action="version", version=f"shardwise {_version('shardwise') or 'from source'}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, text: str, *, spec: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+        if spec:
+            made.add_argument("spec", metavar="SPEC", help="file.py:function or module:function, which returns a Job")
+        return made
+
+    demo = command("demo", _demo, "train a small language model on real text here, with evidence", spec=False)
+    demo.add_argument("--ranks", type=_positive, default=2, metavar="N", help="ranks to split over (2)")
+    demo.add_argument("--steps", type=_positive, default=None, metavar="N", help="updates of each run")
+    demo.add_argument("--out", type=Path, default=Path("shardwise-demo"), metavar="DIR", help="folder of report.html")
+
+    train = command("train", _train, "train a job on this machine's ranks, or on those that torchrun started")
+    _ranks_option(train)
+    train.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it one is chosen")
+    train.add_argument("--steps", type=_positive, default=100, metavar="N", help="updates (100)")
+    _batch_option(train)
+    train.add_argument("--save", type=Path, metavar="FILE", help="write the trained weights, as torch.load reads them")
+    train.add_argument("--logs", type=Path, metavar="DIR", help="folder of the ranks' logs (kept only on failure)")
+
+    plan = command("plan", _plan, "choose how to split a job, and say why")
+    _ranks_option(plan)
+    _batch_option(plan)
+    plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, which `train --plan` reads")
+
+    verify = command("verify", _verify, "prove that every strategy computes what one device computes")
+    _ranks_option(verify)
+    _batch_option(verify)
+    verify.add_argument("--strategies", type=_names, default=STRATEGIES, metavar="A,B", help=",".join(STRATEGIES))
+    verify.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="to run in (float64)")
+    verify.add_argument("--steps", type=_positive, default=3, metavar="N", help="updates to compare after (3)")
+
+    command("env", _env, "what is installed, what is reachable", spec=False)
+    return parser
+
+
+def _ranks_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=_positive, metavar="N", help="ranks (one for each accelerator, else core)")
+
+
+def _batch_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=_positive, metavar="N", help="samples of an update, instead of the job's own")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text!r}")
+    return int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    strange = ", ".join(name for name in names if name not in STRATEGIES)
+    if strange or not names:
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(STRATEGIES)}, but has {strange or 'none'}")
+    return names
+
+
+# --- commands: each prints for people, and returns what --json prints and the exit status -----------------------------
+
+Answer = tuple[Any, int]
+
+
+def _demo(arguments: argparse.Namespace) -> Answer:
+    from shardwise.demo import demo
+
+    steps = {} if arguments.steps is None else {"steps": arguments.steps}
+    found = demo(ranks=arguments.ranks, out=arguments.out, terminal=sys.stdout.isatty(), **steps)
+    return found.to_dict(), 0
+
+
+def _train(arguments: argparse.Namespace) -> Answer:
+    from shardwise.engine.launch import launched
+    from shardwise.engine.train import train
+    from shardwise.report.terminal import report
+
+    job = _job(arguments)
+    first = not launched() or os.environ["RANK"] == "0"
+    if arguments.plan is not None:
+        chosen = _Choice(_read_plan(arguments.plan))
+    else:
+        chosen = _choose(job, _ranks(arguments))
+        if first:
+            print(f"{chosen.plan.text()}\n{chosen.why}\n", flush=True)
+    ranks = None if launched() else arguments.ranks
+    result = train(
+        job,
+        chosen.plan,
+        steps=arguments.steps,
+        ranks=ranks,
+        spec=arguments.spec,
+        log_dir=arguments.logs,
+        save=arguments.save,
+    )
+    if first:
+        print(report(chosen.plan, result, chosen.terms))
+    return (result.to_dict() if first else None), 0
+
+
+def _plan(arguments: argparse.Namespace) -> Answer:
+    from shardwise.report.terminal import duration, table
+
+    job = _job(arguments)
+    chosen = _choose(job, _ranks(arguments))
+    print(f"{chosen.plan.text()}\n{chosen.why}")
+    if chosen.ranked:
+        rows = [["", "plan", "predicted a step", "why"]]
+        for place, found in enumerate(chosen.ranked, 1):
+            rows.append([str(place), found.plan.title(), duration(found.seconds), found.reason])
+        print("\n" + table(rows, left=2))
+    if arguments.out is not None:
+        _write(arguments.out, chosen.plan.text())
+        print(f"\nwritten to {arguments.out}")
+    found = {"plan": json.loads(chosen.plan.to_json()), "text": chosen.plan.text(), "why": chosen.why}
+    return {**found, "ranked": [_ranked_dict(each) for each in chosen.ranked]}, 0
+
+
+def _verify(arguments: argparse.Namespace) -> Answer:
+    import torch
+
+    from shardwise.measure.verify import verify
+    from shardwise.report.terminal import proof_table
+
+    job = _job(arguments)
+    dtype = {"float64": torch.float64, "float32": torch.float32}[arguments.dtype]
+    rows = verify(job, _ranks(arguments), strategies=arguments.strategies, dtype=dtype, steps=arguments.steps)
+    found = [_row_dict(row) for row in rows]
+    print(proof_table(found))
+    failed = [row["strategy"] for row in found if row["applicable"] and not row["passed"]]
+    if failed and not arguments.json:
+        raise ProofError(f"{', '.join(failed)} did not compute what one device computes; the table has the errors")
+    return found, 1 if failed else 0
+
+
+def _env(arguments: argparse.Namespace) -> Answer:
+    from shardwise.report.terminal import table
+
+    found = environment()
+    rows = [["", ""]] + [[name, _said(value)] for name, value in found.items()]
+    print("\n".join(table(rows, left=2).splitlines()[2:]))
+    return found, 0
+
+
+# --- their parts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A plan, why it is the one, the seconds of its terms, and what it was ranked against."""
+
+    plan: Plan
+    why: str = ""
+    terms: dict[str, float] | None = None
+    ranked: tuple[Any, ...] = ()
+
+
+def _job(arguments: argparse.Namespace) -> Job:
+    from shardwise.job import load_spec
+
+    job = load_spec(arguments.spec)
+    return job if arguments.batch is None else job.with_(global_batch=arguments.batch)
+
+
+def _ranks(arguments: argparse.Namespace) -> int:
+    """How many ranks: those of the launch, those asked for, or one for each accelerator or core of this machine."""
+    import torch
+
+    from shardwise.engine.launch import launched
+    from shardwise.machine.backend import Backend, cores
+
+    if launched():
+        return int(os.environ["WORLD_SIZE"])
+    if arguments.ranks is not None:
+        return int(arguments.ranks)
+    return torch.cuda.device_count() if Backend.detect().device_type == "cuda" else cores()
+
+
+def _choose(job: Job, ranks: int) -> _Choice:
+    from shardwise.engine.train import data_plan
+    from shardwise.graph.graph import Graph
+    from shardwise.search.choose import choose
+
+    if job.samples() == 0:
+        raise JobError("the dataset is empty; give it at least global_batch samples")
+    try:
+        graph = Graph.of(job)
+    except CaptureError as error:
+        return _Choice(data_plan(ranks, job), f"The batch alone is split, for the model does not capture: {error}")
+    ranked = tuple(choose(graph, ranks))
+    if not ranked:
+        raise PlanError(f"no split of {job.title()} fits {ranks} ranks; ask for fewer")
+    return _Choice(ranked[0].plan, ranked[0].reason, dict(ranked[0].terms), ranked)
+
+
+def _read_plan(path: Path) -> Plan:
+    from shardwise.plan.plan import Plan
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise PlanError(
+            f"the plan {path} cannot be read: {reason}; `shardwise plan SPEC --out {path}` writes one"
+        ) from error
+    return Plan.parse(text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}; give another path") from error
+
+
+def _ranked_dict(found: Any) -> dict[str, object]:
+    plan = json.loads(found.plan.to_json())
+    return {"plan": plan, "seconds": found.seconds, "reason": found.reason, "terms": dict(found.terms)}
+
+
+def _row_dict(row: Any) -> dict[str, Any]:
+    found = asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
+    plan = row.plan
+    return {**found, "plan": plan.text() if hasattr(plan, "text") else plan}
+
+
+# --- env --------------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """What is installed and what is reachable."""
+    import torch
+    import torch.distributed as dist
+
+    from shardwise.machine.backend import Backend, cores
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "shardwise": _version("shardwise") or "from source",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": _version("numpy"),
+        "cloudpickle": _version("cloudpickle"),
+        "optional": {name: _version(name) for name in ("transformers", "safetensors", "scikit-learn")},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": cores(),
+        "memory_bytes": Backend.cpu().total_memory(),
+        "devices": devices,
+        "chosen": Backend.detect().device_type,
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+        "nccl": dist.is_available() and dist.is_nccl_available(),
+        "gloo_tls": _gloo_tls(),
+    }
+
+
+def _gloo_tls() -> bool:
+    """Whether gloo can encrypt. torch's wheels are built without it; such a build refuses the transport by name."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        return False
+    kept = os.environ.get("GLOO_DEVICE_TRANSPORT")
+    os.environ["GLOO_DEVICE_TRANSPORT"] = "TCP_TLS"
+    try:
+        dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
+    except RuntimeError:
+        return False
+    finally:
+        if kept is None:
+            del os.environ["GLOO_DEVICE_TRANSPORT"]
+        else:
+            os.environ["GLOO_DEVICE_TRANSPORT"] = kept
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, int) and value > 1_000_000:
+        from shardwise.report.terminal import size
+
+        return size(value)
+    return "not installed" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Sharded data parallel (ZeRO): optimizer state, gradients and parameters cut over the data axes.
+
+Parameters of a bucket lie one after the other in a flat tensor, which is cut into equal parts, one for each data rank. A
+rank updates its part and gathers the others'. Stage 1 shards optimizer state; 2 also gives up a bucket's gradients once they
+are reduced; 3 also gives up parameters when an operator has used them, and gathers them again for backward (Rajbhandari et
+al. 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.parallel.mesh import Axis
+
+
+@dataclass(eq=False)
+class FlatBucket:
+    """Parameters in one flat tensor, cut over one axis.
+
+    Attributes:
+        names: the parameters, in order.
+        shapes: their shapes on this rank (after any other cut).
+        starts: where each starts in the flat tensor.
+        length: elements of the flat tensor, padded to a multiple of the axis.
+        axis: the axis that cuts it.
+        also: further axes over which gradients are to be summed.
+        shard: this rank's part; a leaf that gradients are taken of.
+    """
+
+    names: list[str]
+    shapes: list[torch.Size]
+    starts: list[int]
+    length: int
+    axis: Axis
+    also: tuple[Axis, ...]
+    shard: nn.Parameter
+    full: Tensor | None = None
+    pieces: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def part(self) -> int:
+        return self.length // self.axis.size
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where parameter `index` lies within this rank's part."""
+        low = self.axis.rank * self.part
+        start = self.starts[index]
+        stop = start + self.shapes[index].numel()
+        return max(start, low) - low, max(min(stop, low + self.part) - low, 0)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters within a flat tensor."""
+        return [flat[a : a + s.numel()].view(s) for a, s in zip(self.starts, self.shapes, strict=True)]
+
+    def gather(self) -> Tensor:
+        """The flat tensor of all ranks' parts."""
+        if self.full is None:
+            own = self.shard.detach()
+            full = own.new_empty(self.length)
+            self.axis.record("all_gather", own.numel() * own.element_size())
+            dist.all_gather(list(full.chunk(self.axis.size)), own, group=self.axis.group)
+            self.full = full
+        return self.full
+
+    def reduce(self, flat: Tensor) -> Tensor:
+        """This rank's part of a sum over the axis."""
+        self.axis.record("reduce_scatter", flat.numel() * flat.element_size())
+        out = flat.new_empty(self.part)
+        dist.reduce_scatter(out, list(flat.chunk(self.axis.size)), group=self.axis.group)
+        for axis in self.also:
+            axis.record("all_reduce", out.numel() * out.element_size())
+            dist.all_reduce(out, group=axis.group)
+        return out
+
+
+def make_buckets(
+    params: Sequence[tuple[str, nn.Parameter, Axis, tuple[Axis, ...]]], groups: Callable[[str], str], limit: int
+) -> list[FlatBucket]:
+    """Buckets of parameters that are used together.
+
+    Args:
+        params: (name, local parameter, axis that cuts it, further axes to sum over), in order of use.
+        groups: the block that a parameter belongs to; a bucket holds parameters of one block.
+        limit: bytes of a bucket, about.
+    """
+    found: list[FlatBucket] = []
+    run: list[tuple[str, nn.Parameter]] = []
+    key: Any = None
+    size = 0
+
+    def close() -> None:
+        if run:
+            found.append(_bucket(run, key[1], key[2]))
+
+    for name, param, axis, also in params:
+        mine = (groups(name), axis, also, param.dtype)
+        if mine != key or size > limit:
+            close()
+            run, key, size = [], mine, 0
+        run.append((name, param))
+        size += param.numel() * param.element_size()
+    close()
+    return found
+
+
+def _bucket(members: Sequence[tuple[str, nn.Parameter]], axis: Axis, also: tuple[Axis, ...]) -> FlatBucket:
+    starts, at = [], 0
+    for _, param in members:
+        starts.append(at)
+        at += param.numel()
+    length = -(-at // axis.size) * axis.size
+    flat = members[0][1].new_zeros(length)
+    for start, (_, param) in zip(starts, members, strict=True):
+        flat[start : start + param.numel()] = param.detach().reshape(-1)
+    part = length // axis.size
+    shard = nn.Parameter(flat[axis.rank * part : (axis.rank + 1) * part].clone())
+    bucket = FlatBucket(
+        [n for n, _ in members], [p.shape for _, p in members], starts, length, axis, also, shard
+    )
+    for i, (name, _) in enumerate(members):
+        low, high = bucket.span(i)
+        if high > low:
+            bucket.pieces[name] = nn.Parameter(shard.detach()[low:high])
+    return bucket
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, bucket: FlatBucket) -> Any:
+        ctx.bucket = bucket
+        return tuple(bucket.views(bucket.gather()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        bucket = ctx.bucket
+        flat = bucket.shard.new_zeros(bucket.length)
+        for view, grad in zip(bucket.views(flat), grads, strict=True):
+            if grad is not None:
+                view.copy_(grad)
+        bucket.full = None
+        return bucket.reduce(flat), None
+
+
+def unshard(bucket: FlatBucket) -> tuple[Tensor, ...]:
+    """The parameters of a bucket, gathered. Backward: gradients reduced to this rank's part."""
+    return _Unshard.apply(bucket.shard, bucket)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def release(bucket: FlatBucket) -> None:
+    """Let go of the gathered parameters; operators that are still to run hold what they need."""
+    bucket.full = None
+
+
+@dataclass(eq=False)
+class _Again:
+    bucket: FlatBucket
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+class Resharding:
+    """While active, what backward needs of a gathered bucket is not kept but gathered again."""
+
+    def __init__(self, buckets: Sequence[FlatBucket]) -> None:
+        self.buckets = buckets
+
+    def __enter__(self) -> None:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)  # type: ignore[arg-type]
+        for bucket in self.buckets:
+            bucket.full = None
+
+    def _pack(self, tensor: Tensor) -> Any:
+        pointer = tensor.untyped_storage().data_ptr()
+        for bucket in self.buckets:
+            if bucket.full is not None and bucket.full.untyped_storage().data_ptr() == pointer:
+                return _Again(bucket, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return tensor
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, _Again):
+            return packed.bucket.gather().as_strided(packed.size, packed.stride, packed.offset)
+        assert isinstance(packed, Tensor)
+        return packed

@@ -1,6 +1,6 @@
 """Keep your own training loop: each rank runs this file.
 
-torchrun --nproc-per-node 2 --local-addr 127.0.0.1 examples/torchrun_loop.py
+torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 examples/torchrun_loop.py
 """
 
 from __future__ import annotations

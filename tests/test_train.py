@@ -229,7 +229,7 @@ def one_device(whole: Job, steps: int) -> tuple[list[float], dict[str, Tensor]]:
         optimizer.zero_grad()
         found.backward()
         optimizer.step()
-        losses.append(float(found))
+        losses.append(float(found.detach()))
     return losses, module.state_dict()
 
 
@@ -269,7 +269,7 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def diverging(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=1e30)
+    return torch.optim.SGD(params, lr=float("inf"))
 
 
 @slow
@@ -320,7 +320,7 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_leaves_no_process() -> No
 
 @slow
 def test_torchrun_ranks_are_joined() -> None:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1", "--master-port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
     found = subprocess.run(
         [sys.executable, *launch, "examples/torchrun_loop.py"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

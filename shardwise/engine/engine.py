@@ -17,6 +17,7 @@ from shardwise.graph import random
 from shardwise.graph.graph import Graph
 from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
 from shardwise.machine.backend import Backend
+from shardwise.parallel.announce import announce
 from shardwise.parallel.data import GradientSync
 from shardwise.parallel.hybrid import RankModel, Split, check_fixed_batch
 from shardwise.parallel.mesh import Axis, Mesh, Traffic
@@ -356,6 +357,12 @@ class Engine:
     def traffic(self) -> list[Traffic]:
         """The collectives of the last step."""
         return self._traffic
+
+    def announced(self, total: int | None = None) -> list[Traffic]:
+        """The collectives that a step of `total` samples (the job's global batch) will make, known beforehand."""
+        total = self.job.global_batch if total is None else total
+        tied = [self.model.params[n] for n in self._tie_groups if n in self.model.params]
+        return announce(self.model, self._sync, self.buckets, [p for p in tied if p.requires_grad], total)
 
     def gather(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors from what this rank has of each parameter (values or gradients); the same on every rank."""

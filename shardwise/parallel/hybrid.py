@@ -252,6 +252,10 @@ class RankModel:
         self._given: dict[str, Tensor] = {}
         assert layout is split.layout
 
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that a tensor of the captured graph has here."""
+        return self._dtypes.get(dtype, dtype)
+
     def bind(self) -> None:
         """Give the programs this rank's parameters and buffers."""
         for program in [*self.programs.values(), *self.preludes]:

@@ -197,21 +197,24 @@ class Emitter:
             at = f"axis_{a}"
             if isinstance(old, Cut) and (isinstance(new, Whole) or self._same_pos(old, new)):
                 whole = new if isinstance(new, Whole) else WHOLE
-                node = self._call(
-                    c.gather, node, self._attr(at), *self._geometry(value, now, a, old), whole == VARIES and grad
-                )
+                varies = whole == VARIES and grad
+                before = tuple(now)
+                node = self._call(c.gather, node, self._attr(at), *self._geometry(value, now, a, old), varies)
                 now[a] = whole
+                self._announce(node, value, axis, ("all_gather", before), ("reduce_scatter", tuple(now)) if varies else None)
             elif isinstance(old, Cut) and isinstance(new, Cut):
-                source = self._geometry(value, now, a, old)
+                source, before = self._geometry(value, now, a, old), tuple(now)
                 now[a] = WHOLE
-                node = self._call(
-                    c.exchange, node, self._attr(at), source, self._geometry(value, now, a, new)
-                )
+                node = self._call(c.exchange, node, self._attr(at), source, self._geometry(value, now, a, new))
                 now[a] = new
+                back = ("all_to_all", tuple(now)) if grad else None
+                self._announce(node, value, axis, ("all_to_all", before), back)
             elif old == PARTIAL and isinstance(new, Whole):
                 node = self._call(c.reduce, node, self._attr(at))
+                self._announce(node, value, axis, ("all_reduce", tuple(now)), None)
                 if new == VARIES and grad:
                     node = self._call(c.vary, node, self._attr(at))
+                    self._announce(node, value, axis, None, ("all_reduce", tuple(now)))
                 now[a] = new
         for a in range(len(now)):
             old, new = now[a], target[a]
@@ -221,13 +224,20 @@ class Emitter:
             elif old == new and not (is_param and isinstance(new, Whole)):
                 continue
             elif old == PARTIAL and isinstance(new, Cut):
+                before = tuple(now)
                 now[a] = WHOLE
                 node = self._call(c.reduce_scatter, node, self._attr(at_axis(a)), *self._geometry(value, now, a, new))
+                now[a] = new
+                back = ("all_gather", tuple(now)) if grad else None
+                self._announce(node, value, axis, ("reduce_scatter", before), back)
             elif isinstance(old, Whole) and isinstance(new, Cut):
                 now[a] = WHOLE
                 node = self._call(
                     c.scatter, node, self._attr(at_axis(a)), *self._geometry(value, now, a, new), is_param or not grad
                 )
+                now[a] = new
+                if grad and not is_param:
+                    self._announce(node, value, axis, None, ("all_gather", tuple(now)))
             elif isinstance(old, Whole) and isinstance(new, Whole):
                 if grad and is_param:
                     # A parameter's gradient is summed once, after backward; see Layout.grad_axes.
@@ -235,10 +245,18 @@ class Emitter:
                         node = self._call(c.scale_grad, node, 1.0 / axis.size)
                 elif grad and new == VARIES:
                     node = self._call(c.vary, node, self._attr(at_axis(a)))
+                    self._announce(node, value, axis, None, ("all_reduce", tuple(now)))
             else:
                 raise AssertionError(f"{value.name}: no way from {old} to {new}")
             now[a] = new
         return node
+
+    @staticmethod
+    def _announce(
+        node: fx.Node, value: Value, axis: Axis, forward: tuple[str, States] | None, backward: tuple[str, States] | None
+    ) -> None:
+        """Note what a node will send: (kind, the states in which the tensor is handed in), forward and backward."""
+        node.meta["sends"] = [(kind, axis, value, states) for kind, states in filter(None, (forward, backward))]
 
     def _in_time(self, a: int, node: fx.Node, old: State, new: State, value: Value) -> fx.Node:
         """Micro-batches: what is whole in each of them counts once, so a sum over them takes its share."""
@@ -508,10 +526,19 @@ def _classes(call: _Call, letter: Letter | None) -> fx.Node | None:
         return None
     e = call.emitter
     axes = [e._attr(at_axis(list(e.axes).index(axis))) for axis in call.cut[letter]]
-    return e._call(
+    node = e._call(
         lower.cross_entropy, call.args["self"], call.args["target"], call.args.get("ignore_index", -100),
         call.start_of(letter), axes,
     )  # fmt: skip
+    target = call.op.context.inputs[1]
+    logits = call.op.context.inputs[0].value
+    # The largest logit of each sample, then the sum of exponentials and the target's logit together.
+    node.meta["sends"] = [
+        ("all_reduce", axis, target.value, call.needed[target.slot], logits.dtype, times)
+        for axis in call.cut[letter]
+        for times in (1, 2)
+    ]
+    return node
 
 
 def _queries(call: _Call, letter: Letter | None) -> fx.Node | None:
@@ -623,10 +650,18 @@ def _batch_norm(call: _Call, letter: Letter | None) -> fx.Node | None:
         count = e._times(count, size.coefficient)
     axes = [e._attr(at_axis(list(e.axes).index(axis))) for axis in call.cut[letter]]
     a = call.args
-    return e._call(
+    node = e._call(
         lower.batch_norm, a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], a["momentum"],
         a["eps"], count, axes,
     )  # fmt: skip
+    mean = call.op.context.outputs[3]
+    both_ways = 2 if x in e.graph.needs_grad else 1
+    node.meta["sends"] = [
+        ("all_reduce", axis, mean.value, call._out_states(mean), x.dtype, 1)
+        for axis in call.cut[letter]
+        for _ in range(2 * both_ways)
+    ]
+    return node
 
 
 _Handler = Callable[[_Call, Letter | None], fx.Node | None]

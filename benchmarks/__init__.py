@@ -1,0 +1,1 @@
+"""Benchmarks: speed against torch's own ways, as ratios."""

@@ -1,0 +1,142 @@
+"""What tests share: pools of live ranks, and the comparison of a plan's run with one device's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, Phase, settings
+
+from shardwise.engine.launch import Ranks
+from shardwise.errors import PlanError
+from shardwise.graph.graph import Graph
+from shardwise.job import Job
+from shardwise.plan.plan import Plan, PlanAxis
+
+settings.register_profile(
+    "shardwise", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate], print_blob=False,
+)  # fmt: skip
+settings.load_profile("shardwise")
+
+Pool = Callable[[int], Ranks]
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """`pool(n)` gives n live ranks, the same ones as long as they are usable."""
+    pools: dict[int, Ranks] = {}
+
+    def get(n: int) -> Ranks:
+        if n not in pools or not pools[n].usable:
+            pools[n] = Ranks(n, threads=1)
+        return pools[n]
+
+    yield get
+    for ranks in pools.values():
+        ranks.close()
+
+
+def data(size: int = 2) -> PlanAxis:
+    """An axis that splits the batch."""
+    return PlanAxis("data", size, ("batch",))
+
+
+def tensor(*dims: str, size: int = 2) -> PlanAxis:
+    """An axis that splits dims of the weights; without names those of a transformer."""
+    return PlanAxis("tensor", size, dims or ("heads*", "width@*.*", "vocab*", "channels*", "classes*"))
+
+
+def pipeline(size: int = 2) -> PlanAxis:
+    """An axis of stages."""
+    return PlanAxis("pipeline", size)
+
+
+def cuts(job: Job, stages: int) -> tuple[str, ...]:
+    """Cuts that part a model's operators into about equal stages."""
+    graph = Graph.of(job)
+    learned = [op.id for op in graph.ops if any(v in graph.learned for v in op.outputs)]
+    return tuple(learned[len(learned) * k // stages] for k in range(1, stages))
+
+
+class Errors(NamedTuple):
+    """The largest relative differences from one device."""
+
+    loss: float
+    grad: float
+    norm: float
+    param: float
+    where: str = ""
+
+    @property
+    def worst(self) -> float:
+        return max(self[:4])
+
+
+def compare(job: Job, plan: Plan, steps: int = 2, sizes: Sequence[int] = (), mutation: Mutation | None = None) -> Errors:
+    """How far a plan's run is from one device's, in float64; to be called on every rank of the plan.
+
+    `sizes` are those of the batches; `mutation` puts a bug into the library while the plan runs.
+    """
+    from shardwise.engine.engine import parallelize
+    from shardwise.measure.reference import run_reference
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(1234 + (dist.get_rank() if dist.is_initialized() else 0))
+    sizes = sizes or [job.global_batch] * steps
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    batches = [job.batch(range(a, a + n)) for a, n in zip(starts, sizes, strict=True)]
+    losses, grads, norms = [], [], []
+    with pytest.MonkeyPatch.context() as patch:
+        if mutation is not None:
+            mutation(patch)
+        engine = parallelize(job, plan, dtype=torch.float64)
+        for batch in batches:
+            losses.append(engine.forward_backward(batch))
+            grads.append(engine.gradients())
+            engine.update()
+            norms.append(engine.grad_norm)
+        state = engine.state_dict()
+    with torch.random.fork_rng():
+        reference = run_reference(job, batches, torch.float64, job.optimizer)
+    where = ""
+    worst = {"grad": 0.0, "param": 0.0}
+    for found, expected, norm in zip(grads, reference.grads, reference.norms, strict=True):
+        for name, want in expected.items():
+            error = apart(found[name], want, 1e-6 * norm)
+            if error > worst["grad"]:
+                worst["grad"], where = error, name
+    for name, want in reference.params.items():
+        if name in state:
+            worst["param"] = max(worst["param"], apart(state[name], want, 1e-6))
+    return Errors(
+        max(_apart(a, b) for a, b in zip(losses, reference.losses, strict=True)),
+        worst["grad"],
+        max(_apart(a or 0.0, b) for a, b in zip(norms, reference.norms, strict=True)),
+        worst["param"],
+        where,
+    )
+
+
+def apart(found: torch.Tensor, want: torch.Tensor, least: float) -> float:
+    """Relative difference of two tensors; a tensor that is not finite is infinitely far away."""
+    error = float((found - want).norm() / max(float(want.norm()), least))
+    return error if error == error else float("inf")
+
+
+def _apart(found: float, want: float) -> float:
+    error = abs(found - want) / max(abs(want), 1e-12)
+    return error if error == error else float("inf")
+
+
+def outcome(job: Job, plan: Plan, *rest: Any) -> Errors | str:
+    """As `compare`, or the message of the PlanError that the plan was refused with."""
+    try:
+        return compare(job, plan, *rest)
+    except PlanError as error:
+        return str(error)

@@ -205,6 +205,8 @@ def _inputs_only(stage: Stage, pending: _Pending, roots: list[Tensor], grads: Se
         pending.later = (roots, grads)
         return
     given = [g if g is not None else torch.ones_like(r) for r, g in zip(roots, grads, strict=True)]
+    # torch detaches the roots in place, which views do not allow.
+    roots = [r.clone() if r._is_view() else r for r in roots]
     found, groups = stage_backward_input(roots, given, wanted, iter(stage.params))
     for x, g in zip(wanted, found, strict=True):
         x.grad = g

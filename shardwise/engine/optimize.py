@@ -18,8 +18,8 @@ def build_optimizer(
 ) -> tuple[Optimizer, Any]:
     """The user's optimizer, and its scheduler or None, over local parameters.
 
-    The factory sees stand-ins with the whole shapes, so that groups made by shape (no decay for vectors) come out as on one
-    device; the stand-ins are then replaced by what this rank has.
+    The factory sees stand-ins with the whole shapes, so that groups made by shape (no decay for vectors) come out as
+    on one device; the stand-ins are then replaced by what this rank has.
 
     Args:
         factory: the job's optimizer function.

@@ -142,7 +142,8 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
-            return exported.run_decompositions({})
+            functional: ExportedProgram = exported.run_decompositions({})
+            return functional
     except JobError:
         raise
     except Exception as error:

@@ -1,8 +1,9 @@
 """The dims of a graph: every position of every shape is an ordered product of logical dims, found by unification.
 
-A position starts as one `Dim`. An operator ties positions to each other; where a position of 64 meets positions of 4 and
-16, the dim splits into two, major first, everywhere at once. What is left unsplit are the leaves: two positions that share
-a leaf can be cut alike. Sizes are `coefficient * batch**power`, because the number of samples is not known at capture.
+A position starts as one `Dim`. An operator ties positions to each other; where a position of 64 meets positions of 4
+and 16, the dim splits into two, major first, everywhere at once. What is left unsplit are the leaves: two positions
+that share a leaf can be cut alike. Sizes are `coefficient * batch**power`, because the number of samples is not known
+at capture.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Size(NamedTuple):
 
     def at(self, batch: int) -> int:
         """The number, for a batch of `batch` samples."""
-        return self.coefficient * batch**self.power
+        return self.coefficient * int(batch**self.power)
 
     def __mul__(self, other: object) -> Size:
         if isinstance(other, int):

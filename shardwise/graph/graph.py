@@ -102,7 +102,8 @@ class Graph:
         """The tensor that a node stands for; None for numbers and for tuples."""
         if is_getitem(node):
             source, index = node.args
-            found = self.values.get(source)  # type: ignore[call-overload]
+            assert isinstance(source, fx.Node) and isinstance(index, int)
+            found = self.values.get(source)
             return found[index] if found is not None else None
         found = self.values.get(node)
         return found[0] if found is not None and len(found) == 1 else None
@@ -170,7 +171,8 @@ class Graph:
 
     def fingerprint(self) -> str:
         """A short name for this graph: equal for equal operators, shapes and parameters."""
-        text = repr([(op.name, [v.sizes for v in op.outputs]) for op in self.ops if op.name not in _CASTS] + sorted(self.params))
+        computed = [(op.name, [v.sizes for v in op.outputs]) for op in self.ops if op.name not in _CASTS]
+        text = repr([*computed, *sorted(self.params)])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def unknown(self) -> list[str]:
@@ -261,7 +263,7 @@ class Graph:
             self._iota[c.out.value] = same[0]
 
     def _name_dims(self) -> None:
-        """Give each dim a name that is the same on every rank: its kind and the module of the parameters that have it."""
+        """Give each dim a name that is the same on every rank: its kind, and the module of its parameters."""
         taken: dict[str, int] = {}
         leaves: dict[int, Dim] = {}
         owners: dict[int, list[str]] = {}

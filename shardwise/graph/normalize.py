@@ -70,9 +70,8 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         name = str(node.target)
-        if node.op == "call_function" and name.startswith(("aten._assert_", "aten.sym_constrain")):
-            graph.erase_node(node)
-        elif node.op == "get_attr" and not node.users:
+        checks = node.op == "call_function" and name.startswith(("aten._assert_", "aten.sym_constrain"))
+        if checks or (node.op == "get_attr" and not node.users):
             graph.erase_node(node)
 
 
@@ -142,6 +141,7 @@ def _bias_after(r: _Rewriter, node: fx.Node) -> None:
         return
     args = list(node.args)
     args[2] = None
+    assert callable(node.target)
     product = r.call(node.target, *args, **node.kwargs)
     extra = len(_shape(product)) - 2
     if "linear" not in str(node.target) and extra > 0:
@@ -258,7 +258,10 @@ def _uniform(r: _Rewriter, node: fx.Node) -> None:
     size = a.get("size")
     if size is None:
         like = a["self"]
-        size = [r.call(aten.sym_size.int, like, i) if isinstance(s, torch.SymInt) else s for i, s in enumerate(_shape(like))]
+        size = [
+            r.call(aten.sym_size.int, like, i) if isinstance(s, torch.SymInt) else s
+            for i, s in enumerate(_shape(like))
+        ]
     name = str(node.target)
     draw = random.normal if "randn" in name else random.uniform
     result = r.call(draw, size, r.next_random(), dtype=value.dtype, device=value.device)

@@ -1,8 +1,8 @@
 """Random numbers that are functions of seed, step, operator and position, so that training does not depend on the plan.
 
-Each element's number is a hash of its position in the whole tensor (a counter-based generator: Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", 2011; the mixer is the 32-bit finaliser of MurmurHash3). A rank that holds a part of
-the tensor hashes the positions of its part.
+Each element's number is a hash of its position in the whole tensor (a counter-based generator: Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", 2011; the mixer is the 32-bit finaliser of MurmurHash3). A rank that
+holds a part of the tensor hashes the positions of its part.
 """
 
 from __future__ import annotations

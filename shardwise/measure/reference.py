@@ -42,7 +42,7 @@ class Lifted(TorchDispatchMode):
     """Operators that name a floating-point dtype get `dtype` in its place."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._from = {d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16) if d != dtype}
         self._to = dtype
 
@@ -99,12 +99,18 @@ def _dropout_arguments(x: Tensor, p: float = 0.5, training: bool = True, inplace
     return x, p, training
 
 
-def _sdpa_dropout(q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **more: Any) -> float:
+def _sdpa_dropout(
+    q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **more: Any
+) -> float:
     return dropout_p
 
 
 def run_reference(
-    job: Job, batches: Sequence[Batch], dtype: torch.dtype, optimizer: Callable[..., Any], module: nn.Module | None = None
+    job: Job,
+    batches: Sequence[Batch],
+    dtype: torch.dtype,
+    optimizer: Callable[..., Any],
+    module: nn.Module | None = None,
 ) -> Trace:
     """Train a job on one device for one step per batch.
 

@@ -1,9 +1,8 @@
-"""What a step will send, known before it runs: read from the rank's programs and buckets, not from what was recorded."""
+"""What a step will send, known before it runs: read from its programs and buckets, not from what was recorded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -18,6 +17,10 @@ from shardwise.parallel.sharded import FlatBucket
 
 _KEEPS_NOTHING = {"aten.add", "aten.sub", "aten.embedding", "aten.view", "aten.expand", "aten.slice", "aten.cat"}
 """Operators whose backward does not need the parameter they are given."""
+_VIEWS = {
+    "aten.view", "aten.expand", "aten.slice", "aten.transpose", "aten.permute", "aten.unsqueeze", "aten.t",
+    "aten.reshape", "aten.select",
+}  # fmt: skip
 
 
 def announce(
@@ -37,11 +40,11 @@ def announce(
         for axis in bucket.axes:
             recorder.add("all_reduce", axis.name, bucket.flat.numel() * bucket.flat.element_size())
     _sharded(recorder, model, buckets, len(micros))
-    axis = split.pipeline
-    if axis is not None and axis.group is not None:
+    pipeline = split.pipeline
+    if pipeline is not None and pipeline.group is not None:
         for tensor in ties:
-            recorder.add("all_reduce", axis.name, tensor.numel() * tensor.element_size())
-        recorder.add("all_reduce", axis.name, torch.float64.itemsize)
+            recorder.add("all_reduce", pipeline.name, tensor.numel() * tensor.element_size())
+        recorder.add("all_reduce", pipeline.name, torch.float64.itemsize)
     if split.plan.ranks > 1:
         recorder.add("all_reduce", "all", torch.float64.itemsize)
     return recorder.take()
@@ -107,12 +110,15 @@ def kept(graph: Graph, name: str) -> bool:
 def _keeps(graph: Graph, op: Op, value: Value) -> bool:
     if op.name in _KEEPS_NOTHING:
         # A view of it may be kept further on.
-        views: Any = op.name in {"aten.view", "aten.expand", "aten.slice"}
-        return bool(views) and any(_keeps(graph, user, op.outputs[0]) for user in graph.ops if op.outputs[0] in user.inputs)
-    if op.name in {"aten.transpose", "aten.permute", "aten.unsqueeze", "aten.t", "aten.reshape", "aten.select"}:
-        return any(_keeps(graph, user, op.outputs[0]) for user in graph.ops if op.outputs[0] in user.inputs)
+        return op.name in _VIEWS and _later_keeps(graph, op.outputs[0])
+    if op.name in _VIEWS:
+        return _later_keeps(graph, op.outputs[0])
     others = [v for v in op.inputs if v is not value]
     return "norm" in op.name or "lstm" in op.name or "gru" in op.name or any(v in graph.needs_grad for v in others)
+
+
+def _later_keeps(graph: Graph, value: Value) -> bool:
+    return any(_keeps(graph, user, value) for user in graph.ops if value in user.inputs)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -1,8 +1,8 @@
 """Collectives on local tensors, each with its mirror image in backward.
 
-`Cut` tensors are cut along one leaf of one position: the position is viewed as (lead, leaf, tail), and parts are joined
-along the leaf. A geometry is `(pos, lead, sizes)`, the sizes of the leaf on each rank of the axis; they differ only where
-the number of samples does not divide.
+`Cut` tensors are cut along one leaf of one position: the position is viewed as (lead, leaf, tail), and parts are
+joined along the leaf. A geometry is `(pos, lead, sizes)`, the sizes of the leaf on each rank of the axis; they differ
+only where the number of samples does not divide.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data parallel: gradients summed over the ranks that saw other samples, in buckets, while backward goes on.
 
-Nothing is averaged: losses are sums divided by the global count, so gradients are summed. While gradients accumulate over
-micro-batches nothing is sent.
+Nothing is averaged: losses are sums divided by the global count, so gradients are summed. While gradients accumulate
+over micro-batches nothing is sent.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class GradientSync:
         self._where: dict[nn.Parameter, tuple[_Bucket, int]] = {}
         self._next = 0
         self._active = False
-        groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        groups: dict[tuple[tuple[Axis, ...], torch.dtype], list[nn.Parameter]] = {}
         # Backward reaches the last used parameters first.
         for param, axes in reversed(list(params)):
-            axes = tuple(axis for axis in axes if axis.group is not None)
-            if axes:
-                groups.setdefault((tuple(a.name for a in axes), param.dtype), [axes]).append(param)  # type: ignore[list-item]
-        for (_, dtype), (axes, *members) in groups.items():
+            real = tuple(axis for axis in axes if axis.group is not None)
+            if real:
+                groups.setdefault((real, param.dtype), []).append(param)
+        for (real, dtype), members in groups.items():
             for chunk in _by_size(members, bucket_bytes):
-                self._add(chunk, axes, dtype)  # type: ignore[arg-type]
+                self._add(chunk, real, dtype)
         self._handles = [p.register_post_accumulate_grad_hook(self._ready) for p in self._where]
 
     def _add(self, params: list[nn.Parameter], axes: tuple[Axis, ...], dtype: torch.dtype) -> None:

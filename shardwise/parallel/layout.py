@@ -6,9 +6,9 @@ One pass in execution order. On each axis an operator takes the first of the axi
 - partial (to be summed over the axis), where it summed over the dim,
 - whole, where it split nothing.
 
-Where an operator needs a tensor otherwise than it is, the edge converts it (`parallel.convert`). Gradients mirror this: a
-tensor that is whole but feeds an operator that splits gets a partial gradient ("varies"). For a weight under a batch split
-that partial gradient is data parallel's gradient all-reduce.
+Where an operator needs a tensor otherwise than it is, the edge converts it (`parallel.convert`). Gradients mirror
+this: a tensor that is whole but feeds an operator that splits gets a partial gradient ("varies"). For a weight under
+a batch split that partial gradient is data parallel's gradient all-reduce.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Layout:
         """How an operator needs one of its inputs."""
         value = op.context.operand(slot).value
         found: list[State] = []
-        for axis, choice in enumerate(self.choices[op]):
+        for choice in self.choices[op]:
             if choice.letter is not None:
                 place = choice.letter.place(slot)
                 found.append(Cut(place.pos, place.leaf) if place else VARIES)

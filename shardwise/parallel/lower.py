@@ -128,7 +128,7 @@ def batch_norm(
     count: int,
     axes: Sequence[Axis],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Batch normalisation with the statistics of all ranks' samples; `count` is samples times positions, over all ranks.
+    """Batch normalisation with the statistics of all ranks' samples; `count` is all their samples times positions.
 
     Two sums travel: values, then squared deviations from the global mean, which unlike sums of squares do not cancel.
     """

@@ -19,6 +19,7 @@ from shardwise.graph.rules import Value
 from shardwise.parallel.collectives import merge_view, split_view
 from shardwise.parallel.layout import PARTIAL, TIME, WHOLE, Cut, Layout, SplitAxis, Whole
 
+
 def time_axis(count: int) -> SplitAxis:
     """Micro-batches as an axis."""
     return SplitAxis(TIME, count, ("batch",))

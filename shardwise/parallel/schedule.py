@@ -1,7 +1,7 @@
 """Pipeline schedules: for each rank, in which order its stages go forward and backward over the micro-batches.
 
-An action prints as torch prints it: `0F2` is stage 0 forward on micro-batch 2, `B` a backward, `I` and `W` the two halves of
-a backward: gradients of inputs, then of weights.
+An action prints as torch prints it: `0F2` is stage 0 forward on micro-batch 2, `B` a backward, `I` and `W` the two
+halves of a backward: gradients of inputs, then of weights.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _from_torch(schedule: str, rank: int, ranks: int, stages: int, micro: int) -
     try:
         order: Sequence[Any] = maker(stubs, micro).pipeline_order[rank]
     except ValueError as error:
-        raise PlanError(f"schedule {schedule} with {stages} stages, {ranks} ranks, {micro} micro-batches: {error}") from error
+        sizes = f"{stages} stages, {ranks} ranks, {micro} micro-batches"
+        raise PlanError(f"schedule {schedule} with {sizes}: {error}") from error
     found = [_PRINTED.fullmatch(str(a)) for a in order if a is not None]
     return [Action(int(m[1]), m[2], int(m[3])) for m in found if m is not None]
 

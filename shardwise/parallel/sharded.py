@@ -1,9 +1,9 @@
 """Sharded data parallel (ZeRO): optimizer state, gradients and parameters cut over the data axes.
 
-Parameters of a bucket lie one after the other in a flat tensor, which is cut into equal parts, one for each data rank. A
-rank updates its part and gathers the others'. Stage 1 shards optimizer state; 2 also gives up a bucket's gradients once they
-are reduced; 3 also gives up parameters when an operator has used them, and gathers them again for backward (Rajbhandari et
-al. 2020).
+Parameters of a bucket lie one after the other in a flat tensor, which is cut into equal parts, one for each data
+rank. A rank updates its part and gathers the others'. Stage 1 shards optimizer state; 2 also gives up a bucket's
+gradients once they are reduced; 3 also gives up parameters when an operator has used them, and gathers them again for
+backward (Rajbhandari et al. 2020).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Resharding:
         self._hooks.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)  # type: ignore[arg-type]
+        self._hooks.__exit__(*error)
         for bucket in self.buckets:
             bucket.full = None
 
@@ -184,7 +184,7 @@ class Resharding:
         pointer = tensor.untyped_storage().data_ptr()
         for bucket in self.buckets:
             if bucket.full is not None and bucket.full.untyped_storage().data_ptr() == pointer:
-                return _Again(bucket, tensor.storage_offset(), tensor.shape, tensor.stride())
+                return _Again(bucket, tensor.storage_offset(), tensor.shape, tuple(map(int, tensor.stride())))
         return tensor
 
     def _unpack(self, packed: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plan: how one job is split over ranks. A frozen value that prints as a page, reads back, and can be written by hand."""
+"""Plan: how one job is split over ranks. A frozen value that prints as a page, reads back, or is written by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Plan:
         cuts: names of the operators at which a new pipeline stage begins; a multiple of the pipeline's size, less one.
         micro_batches: into how many the global batch is cut.
         schedule: order of the micro-batches in a pipeline.
-        zero: 0 keeps everything whole; 1 shards optimizer state, 2 also gradients, 3 also parameters, over the data axis.
+        zero: 0 keeps everything whole; over the data axis 1 shards optimizer state, 2 gradients too, 3 parameters too.
         recompute: names of the blocks whose activations are computed again in backward; `*` stands for anything.
         precision: "fp32" or "bf16".
         dropout: "exact" masks do not depend on the plan; "per-rank" masks are cheaper and do.

@@ -12,6 +12,8 @@ from torch import fx
 from shardwise.graph import dims
 from shardwise.graph.dims import ONE, Dim, Size
 
+_NOTHING = Size(0)
+
 
 @dataclass(eq=False)
 class Value:
@@ -41,7 +43,7 @@ class Slot(NamedTuple):
     """A tensor of an operator: the n-th input or the n-th output."""
 
     side: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nothing needs
 
 
 class Operand(NamedTuple):
@@ -108,7 +110,7 @@ class OpContext:
     independent: set[Slot] = field(default_factory=set)
     linear: tuple[frozenset[Slot], ...] = ()
     size_args: dict[str, Slot] = field(default_factory=dict)
-    work: Size = Size(0)
+    work: Size = _NOTHING
 
     @property
     def out(self) -> Operand:
@@ -265,7 +267,8 @@ class OpContext:
             return place
 
         for t in self.ties:
-            for a, b in zip(self._leaf_places(t.left, t.skip_left), self._leaf_places(t.right, t.skip_right), strict=False):
+            left, right = self._leaf_places(t.left, t.skip_left), self._leaf_places(t.right, t.skip_right)
+            for a, b in zip(left, right, strict=False):
                 if self._leaf(a) is not self._leaf(b):
                     break
                 links.setdefault(a, a)
@@ -284,7 +287,8 @@ class OpContext:
         at = [(p.slot, p.pos) for p in places]
         if len({p.slot for p in places}) < len(places) or any(key in self.blocked for key in at):
             return None
-        if any(p not in self._leaf_places_major(p, self.majors[p.slot, p.pos]) for p in places if (p.slot, p.pos) in self.majors):
+        fused = [p for p in places if (p.slot, p.pos) in self.majors]
+        if any(p not in self._leaf_places_major(p, self.majors[p.slot, p.pos]) for p in fused):
             return None
         dim = self._leaf(places[0])
         summed = [self.sums[key] for key in at if key in self.sums]

@@ -150,10 +150,15 @@ def conv_transpose(c: OpContext) -> None:
     c.work = Size(2) * x.value.numel() * product(w.value.sizes[1:])
 
 
-@rules("""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool2d_with_indices adaptive_max_pool2d
-upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
-_upsample_nearest_exact2d""".split())
+POOLS = [
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d",
+    "max_pool2d_with_indices", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
+]  # fmt: skip
+
+
+@rules(POOLS)
 def pooling(c: OpContext) -> None:
     x = c.inputs[0]
     for out in c.outputs:

@@ -6,18 +6,28 @@ from shardwise.graph.dims import Size
 from shardwise.graph.rules.context import OpContext, Operand
 from shardwise.graph.rules.table import rule, rules
 
-UNARY = """abs acos asin atan atanh asinh acosh ceil cos cosh erf erfc exp exp2 expm1 floor log log10 log1p log2
-logical_not bitwise_not not_ reciprocal relu relu6 round rsqrt sigmoid sign silu sin sinh softplus sqrt square tan tanh
-trunc frac gelu elu celu selu leaky_relu hardtanh hardswish hardsigmoid mish log_sigmoid softsign threshold clamp
-clamp_min clamp_max clip isnan isinf isfinite nan_to_num logit lgamma digamma special_erf glu_ hardshrink softshrink
-tanhshrink isneginf isposinf""".split()
+UNARY = [
+    "abs", "acos", "asin", "atan", "atanh", "asinh", "acosh", "ceil", "cos", "cosh", "erf", "erfc", "exp", "exp2",
+    "expm1", "floor", "log", "log10", "log1p", "log2", "logical_not", "bitwise_not", "not_", "reciprocal", "relu",
+    "relu6", "round", "rsqrt", "sigmoid", "sign", "silu", "sin", "sinh", "softplus", "sqrt", "square", "tan", "tanh",
+    "trunc", "frac", "gelu", "elu", "celu", "selu", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "mish",
+    "log_sigmoid", "softsign", "threshold", "clamp", "clamp_min", "clamp_max", "clip", "isnan", "isinf", "isfinite",
+    "nan_to_num", "logit", "lgamma", "digamma", "special_erf", "glu_", "hardshrink", "softshrink", "tanhshrink",
+    "isneginf", "isposinf",
+]  # fmt: skip
 
-BINARY = """atan2 eq ne lt le gt ge maximum minimum pow fmod remainder floor_divide logical_and logical_or logical_xor
-bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__
-fmax fmin hypot where masked_fill lerp addcmul addcdiv xlogy prelu_ isclose logaddexp copysign copy fill masked_fill_""".split()
+BINARY = [
+    "atan2", "eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum", "pow", "fmod", "remainder", "floor_divide",
+    "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift",
+    "bitwise_right_shift", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "fmax", "fmin", "hypot",
+    "where", "masked_fill", "lerp", "addcmul", "addcdiv", "xlogy", "prelu_", "isclose", "logaddexp", "copysign",
+    "copy", "fill", "masked_fill_",
+]  # fmt: skip
 
-LINEAR_UNARY = """neg clone contiguous _to_copy to type_as detach alias lift_fresh_copy positive real
-_to_dense conj resolve_conj resolve_neg""".split()
+LINEAR_UNARY = [
+    "neg", "clone", "contiguous", "_to_copy", "to", "type_as", "detach", "alias", "lift_fresh_copy", "positive",
+    "real", "_to_dense", "conj", "resolve_conj", "resolve_neg",
+]  # fmt: skip
 
 
 @rules(UNARY + BINARY)
@@ -114,9 +124,9 @@ def softmax(c: OpContext) -> None:
 def along(c: OpContext) -> None:
     x = c.inputs[0]
     spec = c.arguments.get("dims", c.arguments.get("dim", -1))
-    listed = spec if isinstance(spec, (list, tuple)) else [spec]
+    listed = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     if c.node_name() == "aten.roll" and not listed:
-        listed = range(x.ndim)
+        listed = list(range(x.ndim))
     for out in c.outputs:
         c.same(x, out, but=[int(d) for d in listed])
     for other in c.inputs[1:]:

@@ -115,6 +115,11 @@ class Graph:
             self.captured.params[n.name]: v[0] for n, v in self.values.items() if n.name in self.captured.params
         }
 
+    @cached_property
+    def producer(self) -> Mapping[Value, Op]:
+        """The operator that computes a tensor; none for what a graph is given."""
+        return {v: op for op in self.ops for v in op.outputs}
+
     @property
     def loss(self) -> fx.Node:
         node: fx.Node = self.captured.graph.output_node().args[0][0]  # type: ignore[index,assignment]

@@ -8,10 +8,11 @@ import torch
 
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
-from shardwise.parallel.data import GradientSync
-from shardwise.parallel.hybrid import Micro, RankModel
+from shardwise.parallel.hybrid import Micro
 from shardwise.parallel.mesh import Recorder, Traffic
 from shardwise.parallel.program import Program
+from shardwise.parallel.rank import RankModel
+from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket
 
@@ -23,11 +24,9 @@ _VIEWS = {
 }  # fmt: skip
 
 
-def announce(
-    model: RankModel, sync: GradientSync, buckets: Sequence[FlatBucket], ties: Sequence[torch.Tensor], total: int
-) -> list[Traffic]:
+def announce(reduction: Reduction, total: int) -> list[Traffic]:
     """The collectives of one step of `total` samples on this rank: kind, axis, count and bytes handed in."""
-    recorder = Recorder()
+    recorder, model = Recorder(), reduction.model
     split = model.split
     micros = split.micros(total)
     for micro in micros:
@@ -36,13 +35,13 @@ def announce(
         for stage, program in model.programs.items():
             _program(recorder, model, program, micro)
             _crossings(recorder, model, stage, micro)
-    for bucket in sync.buckets:
+    for bucket in reduction.sync.buckets:
         for axis in bucket.axes:
             recorder.add("all_reduce", axis.name, bucket.flat.numel() * bucket.flat.element_size())
-    _sharded(recorder, model, buckets, len(micros))
+    _sharded(recorder, model, reduction.buckets, len(micros))
     pipeline = split.pipeline
     if pipeline is not None and pipeline.group is not None:
-        for tensor in ties:
+        for tensor in reduction.ties:
             recorder.add("all_reduce", pipeline.name, tensor.numel() * tensor.element_size())
         recorder.add("all_reduce", pipeline.name, torch.float64.itemsize)
     if split.plan.ranks > 1:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.graph import random
-from shardwise.parallel.collectives import all_reduce_, reduce, vary
+from shardwise.parallel.collectives import all_reduce_, merge_view, reduce, split_view, vary
 from shardwise.parallel.mesh import Axis
 
 aten = torch.ops.aten
@@ -216,3 +216,21 @@ def times(a: int, b: int) -> int:
     return a * b
 
 
+def plus(a: int, b: int) -> int:
+    """A sum of numbers that are known at run time."""
+    return a + b
+
+
+def share(samples: int, total: int) -> float:
+    """The part of a step's samples that a micro-batch has."""
+    return samples / total
+
+
+def narrow(x: Tensor, pos: int, lead: int, first: int, samples: int, total: int) -> Tensor:
+    """The samples of one micro-batch, of a tensor that has those of the whole step."""
+    return merge_view(split_view(x, pos, lead, total).narrow(pos + 1, first, samples), pos)
+
+
+def arange(start: int, size: int, dtype: Any, device: Any) -> Tensor:
+    """A part of 0, 1, 2, ..."""
+    return torch.arange(start, start + size, dtype=dtype, device=device)

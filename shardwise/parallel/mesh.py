@@ -84,6 +84,10 @@ class Mesh:
     def __contains__(self, name: str) -> bool:
         return any(axis.name == name for axis in self.axes)
 
+    def get(self, name: str) -> Axis | None:
+        """The axis of this name, or None."""
+        return next((axis for axis in self.axes if axis.name == name), None)
+
     def coordinates(self) -> tuple[int, ...]:
         return tuple(axis.rank for axis in self.axes)
 

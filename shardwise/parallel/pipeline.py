@@ -136,7 +136,7 @@ class Pipeline:
             roots = [r for r, _ in pairs if r.requires_grad]
             grads = [g for r, g in pairs if r.requires_grad]  # type: ignore[misc]
         if weights:
-            torch.autograd.backward(roots, grads)  # type: ignore[arg-type]
+            torch.autograd.backward(roots, grads)
         else:
             _inputs_only(stage, pending, roots, grads)
         if stage.index:

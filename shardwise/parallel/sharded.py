@@ -8,15 +8,17 @@ backward (Rajbhandari et al. 2020).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from shardwise.parallel.mesh import Axis
+from shardwise.parallel.program import attribute_name
 
 
 @dataclass(eq=False)
@@ -184,7 +186,8 @@ class Resharding:
         pointer = tensor.untyped_storage().data_ptr()
         for bucket in self.buckets:
             if bucket.full is not None and bucket.full.untyped_storage().data_ptr() == pointer:
-                return _Again(bucket, tensor.storage_offset(), tensor.shape, tuple(map(int, tensor.stride())))
+                stride = tuple(int(n) for n in tensor.stride())
+                return _Again(bucket, int(tensor.storage_offset()), tensor.shape, stride)
         return tensor
 
     def _unpack(self, packed: Any) -> Tensor:
@@ -192,3 +195,28 @@ class Resharding:
             return packed.bucket.gather().as_strided(packed.size, packed.stride, packed.offset)
         assert isinstance(packed, Tensor)
         return packed
+
+
+def gather_in(module: fx.GraphModule, bucket: FlatBucket, attribute: str) -> bool:
+    """Make a program gather a bucket; whether it uses any of its parameters."""
+    graph = module.graph
+    names = {attribute_name(n): i for i, n in enumerate(bucket.names)}
+    uses = [n for n in graph.nodes if n.op == "get_attr" and n.target in names]
+    if not uses:
+        return False
+    setattr(module, attribute, bucket)
+    with graph.inserting_before(uses[0]):
+        holder = graph.get_attr(attribute)
+        gathered = graph.call_function(unshard, (holder,))
+        items = {i: graph.call_function(operator.getitem, (gathered, i)) for i in {names[n.target] for n in uses}}
+    users = {user for node in uses for user in node.users}
+    for node in uses:
+        node.replace_all_uses_with(items[names[node.target]])
+        graph.erase_node(node)
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+    last = [n for n in graph.nodes if n in users][-1]
+    with graph.inserting_after(last):
+        graph.call_function(release, (holder,))
+    return True

@@ -1,0 +1,225 @@
+"""The stages of one rank as programs, with their parameters and buffers, ready to run micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.graph.dims import BATCH
+from shardwise.graph.rules import Value
+from shardwise.parallel.hybrid import Micro, Split
+from shardwise.parallel.layout import PARTIAL, WHOLE, Cut, States
+from shardwise.parallel.micro import Early, combine
+from shardwise.parallel.pipeline import Crossing, Stage
+from shardwise.parallel.program import Emitter, Program, attribute_name
+from shardwise.parallel.sharded import FlatBucket, gather_in
+
+
+class RankModel:
+    """The programs of this rank's stages, with local parameters and buffers.
+
+    Attributes:
+        params: local parameters by the user's names, in order of use.
+        buffers: whole buffers by the user's names.
+        updated: for each buffer that the model changes, the tensor that replaces it.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        module: nn.Module,
+        device: torch.device,
+        *,
+        dtypes: dict[torch.dtype, torch.dtype] | None = None,
+        autocast: bool = False,
+    ) -> None:
+        self.split, self.device, self.autocast = split, device, autocast
+        self._dtypes = dtypes or {}
+        graph = split.graph
+        self.updated = self._updated()
+        self._nodes = {n.name: v[0] for n, v in graph.values.items() if n.op == "placeholder"}
+        self.preludes = self._early_programs()
+        self.programs = {s: self._stage_program(s) for s in split.mine}
+        named = dict(module.named_parameters(remove_duplicate=False))
+        self.params: dict[str, nn.Parameter] = {}
+        for program in self.programs.values():
+            for name in program.params:
+                if name not in self.params:
+                    source = named[name]
+                    local = split.shard(graph.params[name], source.detach()).to(device).clone()
+                    self.params[name] = nn.Parameter(local, requires_grad=source.requires_grad)
+        everything = dict(module.named_buffers(remove_duplicate=False))
+        used = {n for p in [*self.programs.values(), *self.preludes] for n in p.buffers}
+        self.buffers = {n: everything[n].detach().to(device).clone() for n in everything if n in used}
+        self.key = 0
+        self.bind()
+        self._micros: list[Micro] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._rows: dict[str, list[tuple[int, int]]] = {}
+        self._given: dict[str, Tensor] = {}
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that a tensor of the captured graph has here."""
+        return self._dtypes.get(dtype, dtype)
+
+    def bind(self) -> None:
+        """Give the programs this rank's parameters and buffers."""
+        for program in [*self.programs.values(), *self.preludes]:
+            for name in program.params:
+                setattr(program.module, attribute_name(name), self.params[name])
+            for name in program.buffers:
+                setattr(program.module, attribute_name(name), self.buffers[name])
+
+    def gather_buckets(self, buckets: Sequence[FlatBucket]) -> None:
+        """ZeRO-3: programs gather a bucket's parameters before their first use and let go of them after their last."""
+        for program in self.programs.values():
+            for i, bucket in enumerate(buckets):
+                if gather_in(program.module, bucket, f"bucket_{i}"):
+                    program.params = [n for n in program.params if n not in bucket.names]
+            program.module.recompile()
+        for bucket in buckets:
+            for name in bucket.names:
+                del self.params[name]
+
+    # -- programs ----------------------------------------------------------------------------------------------------
+
+    def _emitter(self, given: dict[Value, States]) -> Emitter:
+        split = self.split
+        return Emitter(
+            split.graph, split.layout, split.axes, self.device, given, self._dtypes,
+            per_micro_batch=split.plan.batch_norm != "exact", recompute=split.plan.recompute,
+            exact_dropout=split.plan.dropout == "exact",
+        )  # fmt: skip
+
+    def _early_programs(self) -> list[Program]:
+        given: dict[Value, States] = {}
+        found = []
+        states = self.split.layout.states
+        batch_free = [op for op in self.split.graph.ops if not any(v in self.split.graph.learned for v in op.outputs)]
+        for early in self.split.early:
+            target = tuple(
+                (WHOLE if isinstance(s, Cut) and early.joins is not None else s) if axis is not None else s
+                for s, axis in zip(states[early.value], self.split.axes, strict=True)
+            )
+            found.append(self._emitter(dict(given)).build(batch_free, [(early.value, target)]))
+            given[early.value] = (WHOLE, *target[1:])
+        self._early_states = given
+        return found
+
+    def _stage_program(self, stage: int) -> Program:
+        split, graph = self.split, self.split.graph
+        states = split.layout.states
+        given = dict(self._early_states)
+        if stage:
+            given.update({v: states[v] for v in split.crossings(stage - 1)})
+        ops = [op for op in graph.ops if split.stage_of[op] == stage or not any(v in graph.learned for v in op.outputs)]
+        outputs = [(v, states[v]) for v in self._gives(stage) if v not in given]
+        loss = graph.value(graph.loss)
+        assert loss is not None
+        if stage == split.plan.stages - 1:
+            outputs.append((loss, tuple(PARTIAL if axis is None else WHOLE for axis in split.axes)))
+        for value in self.updated.values():
+            if split.stage_of[graph.producer[value]] == stage:
+                outputs.append((value, (WHOLE,) * len(split.axes)))
+        return self._emitter(given).build(ops, outputs)
+
+    def _updated(self) -> dict[str, Value]:
+        captured = self.split.graph.captured
+        outs: Any = captured.graph.output_node().args[0][1:]  # type: ignore[index]
+        found = {}
+        for name, node in zip(captured.updates, outs, strict=True):
+            value = self.split.graph.value(node)
+            if value is not None and node.op != "placeholder":
+                found[name] = value
+        return found
+
+    def _gives(self, stage: int) -> list[Value]:
+        return self.split.crossings(stage) if stage < self.split.plan.stages - 1 else []
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def start(self, tensors: Mapping[str, Tensor], total: int, key: int) -> int:
+        """Take the tensors of a step: this rank's samples of each. Returns the number of micro-batches."""
+        self._micros = self.split.micros(total)
+        self._tensors = dict(tensors)
+        self.key = key
+        self._rows = {}
+        for name in tensors:
+            at, rows = 0, []
+            for micro in self._micros:
+                start, stop = self.split.rows(self._nodes[name], micro)
+                rows.append((at, at + stop - start))
+                at += stop - start
+            self._rows[name] = rows
+        self._given = {}
+        with torch.no_grad():
+            for early, prelude in zip(self.split.early, self.preludes, strict=True):
+                parts = [self._call(prelude, m, {})[0] for m in range(len(self._micros))]
+                leads = [self._early_lead(early, m) for m in range(len(self._micros))]
+                self._given[early.value.name] = combine(early, parts, leads, [m.samples for m in self._micros])
+        return len(self._micros)
+
+    def _early_lead(self, early: Early, m: int) -> int:
+        if early.joins is None:
+            return 1
+        return self.split.lead(early.value, early.joins, (WHOLE,) * len(self.split.axes), self._micros[m].samples)
+
+    def _call(self, program: Program, m: int, received: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        args = []
+        for name in program.inputs:
+            if name in received:
+                args.append(received[name])
+            elif name in self._given:
+                args.append(self._given[name])
+            else:
+                tensor = self._tensors[name]
+                value = self._nodes[name]
+                if value.ndim and value.sizes[0] == BATCH:
+                    start, stop = self._rows[name][m]
+                    tensor = tensor[start:stop]
+                args.append(tensor)
+        micro = self._micros[m]
+        context: Any = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext()
+        with context:
+            result: tuple[Tensor, ...] = program.module(micro.samples, micro.total, micro.first, self.key, *args)
+        return result
+
+    def run(self, stage: int, m: int, received: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A stage's forward pass on one micro-batch; what goes on by name, and the loss at the end as `loss`."""
+        program = self.programs[stage]
+        outs = dict(zip(program.outputs, self._call(program, m, received), strict=True))
+        for name, value in self.updated.items():
+            if value.name in outs and name in self.buffers:
+                with torch.no_grad():
+                    self.buffers[name].copy_(outs[value.name])
+        if stage == self.split.plan.stages - 1:
+            loss = self.split.graph.value(self.split.graph.loss)
+            assert loss is not None
+            return {"loss": outs[loss.name]}
+        return {v.name: outs[v.name] if v.name in outs else received[v.name] for v in self._gives(stage)}
+
+    def stages(self) -> list[Stage]:
+        """The stages of this rank, for `Pipeline`."""
+        return [
+            Stage(
+                s,
+                lambda m, received, s=s: self.run(s, m, received),  # type: ignore[misc]
+                [self._crossing(v) for v in self.split.crossings(s - 1)] if s else [],
+                [self._crossing(v) for v in self._gives(s)],
+                [self.params[n] for n in self.programs[s].params if self.params[n].requires_grad],
+            )
+            for s in self.split.mine
+        ]
+
+    def _crossing(self, value: Value) -> Crossing:
+        states = self.split.layout.states[value]
+        return Crossing(
+            value.name,
+            lambda m: self.split.local_shape(value, states, self._micros[m].samples),
+            self._dtypes.get(value.dtype, value.dtype),
+            value in self.split.graph.needs_grad,
+        )

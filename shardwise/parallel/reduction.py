@@ -1,0 +1,191 @@
+"""Reduction: how each gradient of this rank is summed over ranks, and which parameters are kept in parts (ZeRO)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwise.parallel.data import GradientSync
+from shardwise.parallel.mesh import Axis
+from shardwise.parallel.rank import RankModel
+from shardwise.parallel.sharded import FlatBucket, make_buckets
+
+
+class Reduction:
+    """The sums that follow backward, for the parameters of one rank's model.
+
+    Attributes:
+        plain: parameters whose gradients are kept as they are, by name.
+        sync: sums the gradients of plain parameters while backward goes on.
+        buckets: the other parameters, in parts over a data axis.
+        where: for a name in a bucket that bucket, and its place there.
+        ties: plain parameters that other stages have as well, whose gradients are summed over those stages.
+    """
+
+    def __init__(self, model: RankModel) -> None:
+        self.model, self.split, self.plan = model, model.split, model.split.plan
+        self._params = self.split.graph.params
+        self._stage_ranks = _shared_over_stages(model)
+        self._groups = _tie_groups(model, self._stage_ranks)
+        data = [self.split.mesh[name] for name in self.plan.data]
+        self.plain: dict[str, nn.Parameter] = {}
+        flat: list[tuple[str, nn.Parameter, Axis, tuple[Axis, ...]]] = []
+        sums: dict[str, tuple[Axis, ...]] = {}
+        for name, param in model.params.items():
+            axes = self.split.sums(self._params[name]) if param.requires_grad else ()
+            cutting = next((axis for axis in data if axis in axes), None)
+            if self.plan.zero and cutting is not None and name not in self._stage_ranks:
+                flat.append((name, param, cutting, tuple(a for a in axes if a is not cutting)))
+            else:
+                self.plain[name] = param
+                sums[name] = axes
+        self.buckets: list[FlatBucket] = make_buckets(flat, self._block_of, self.plan.bucket_bytes)
+        self.where = {n: (b, i) for b in self.buckets for i, n in enumerate(b.names)}
+        trained = [(p, sums[n]) for n, p in self.plain.items() if p.requires_grad]
+        self.sync = GradientSync(trained, self.plan.bucket_bytes)
+        if self.plan.zero == 3:
+            model.gather_buckets(self.buckets)
+        else:
+            self._flatten()
+
+    @property
+    def ties(self) -> list[nn.Parameter]:
+        found = (self.plain.get(name) for name in sorted(self._groups))
+        return [p for p in found if p is not None and p.requires_grad]
+
+    def _block_of(self, name: str) -> str:
+        return ".".join(name.split(".")[:-2]) if self.plan.zero == 3 else ""
+
+    def _flatten(self) -> None:
+        """ZeRO 1 and 2: whole parameters are views of a flat tensor of which this rank's part is the shard."""
+        for bucket in self.buckets:
+            full = bucket.gather()
+            part = bucket.part
+            low = bucket.axis.rank * part
+            bucket.shard.data = full[low : low + part]
+            for i, (name, view) in enumerate(zip(bucket.names, bucket.views(full), strict=True)):
+                self.model.params[name].data = view
+                a, b = bucket.span(i)
+                if b > a:
+                    bucket.pieces[name].data = bucket.shard.data[a:b]
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """What this rank's optimizer updates of each parameter: all it has, a piece, or nothing."""
+        found: dict[str, list[nn.Parameter]] = {n: [p] for n, p in self.plain.items()}
+        for bucket in self.buckets:
+            for name in bucket.names:
+                found[name] = [bucket.pieces[name]] if name in bucket.pieces else []
+        return found
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The last backward passes of this step come: what is ready may be sent."""
+        self.sync.begin()
+
+    def finish(self) -> None:
+        """Send what has not been sent, and wait until every gradient is summed."""
+        self.sync.finish()
+        self._reduce_flat()
+        for name, group in sorted(self._groups.items()):
+            param = self.plain.get(name)
+            if param is None or not param.requires_grad:
+                continue
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+            assert self.split.pipeline is not None
+            self.split.pipeline.record("all_reduce", param.grad.numel() * param.grad.element_size())
+            dist.all_reduce(param.grad, group=group)
+
+    def _reduce_flat(self) -> None:
+        for bucket in self.buckets:
+            if self.plan.zero == 3:
+                grad = bucket.shard.grad
+                bucket.shard.grad = None
+            else:
+                flat = bucket.shard.new_zeros(bucket.length)
+                for view, name in zip(bucket.views(flat), bucket.names, strict=True):
+                    param = self.model.params[name]
+                    if param.grad is not None:
+                        view.copy_(param.grad)
+                    param.grad = None
+                grad = bucket.reduce(flat)
+            for i, name in enumerate(bucket.names):
+                low, high = bucket.span(i)
+                if high > low:
+                    bucket.pieces[name].grad = None if grad is None else grad[low:high]
+
+    def after_update(self) -> None:
+        """ZeRO 1 and 2: fetch the parts that other ranks updated."""
+        if self.plan.zero in (1, 2):
+            for bucket in self.buckets:
+                assert bucket.full is not None
+                own = bucket.shard.data.clone()
+                bucket.axis.record("all_gather", own.numel() * own.element_size())
+                dist.all_gather(list(bucket.full.chunk(bucket.axis.size)), own, group=bucket.axis.group)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def values(self) -> dict[str, Tensor]:
+        """What this rank has of each parameter, by name."""
+        found = {n: p.detach() for n, p in self.plain.items()}
+        for bucket in self.buckets:
+            found.update({n: p.detach() for n, p in bucket.pieces.items()})
+        return found
+
+    def grads(self) -> Iterator[tuple[str, Tensor, float]]:
+        """This rank's gradients: name, tensor, and the share by which it counts in a sum over all ranks."""
+        for name, param in self.plain.items():
+            if param.grad is not None:
+                copies = self.split.copies(self._params[name]) * len(self._stage_ranks.get(name, [0]))
+                yield name, param.grad, 1.0 / copies
+        for bucket in self.buckets:
+            for name, piece in bucket.pieces.items():
+                if piece.grad is not None:
+                    yield name, piece.grad, bucket.axis.size / self.split.copies(self._params[name])
+
+
+def _shared_over_stages(model: RankModel) -> dict[str, tuple[int, ...]]:
+    """Parameters that stages of several ranks use (tied weights), with those pipeline ranks."""
+    split = model.split
+    ranks: dict[str, set[int]] = {}
+    for s in range(split.plan.stages):
+        for name in split.stage_params(s):
+            ranks.setdefault(name, set()).add(s % split.plan.pipeline)
+    return {name: tuple(sorted(at)) for name, at in ranks.items() if len(at) > 1}
+
+
+def _tie_groups(model: RankModel, shared: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """A process group for each set of stages that share a parameter; every rank makes all groups."""
+    axis = model.split.pipeline
+    if axis is None or not shared:
+        return {}
+    made: dict[tuple[int, ...], Any] = {}
+    mesh = model.split.mesh
+    for ranks in sorted(set(shared.values())):
+        for column in _columns([a.size for a in mesh.axes], mesh.axes.index(axis)):
+            members = [column[r] for r in ranks]
+            group = dist.new_group(members) if dist.is_initialized() else None
+            if mesh.rank in members:
+                made[ranks] = group
+    return {name: made[ranks] for name, ranks in shared.items() if ranks in made}
+
+
+def _columns(sizes: Sequence[int], index: int) -> list[list[int]]:
+    """For every place on the other axes the ranks along one axis."""
+    stride = 1
+    for size in sizes[index + 1 :]:
+        stride *= size
+    total = stride
+    for size in sizes[: index + 1]:
+        total *= size
+    span = stride * sizes[index]
+    return [
+        [base + inner + k * stride for k in range(sizes[index])]
+        for base in range(0, total, span)
+        for inner in range(stride)
+    ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -129,11 +132,36 @@ def capture(job: Job, module: nn.Module | None = None, batch: Batch | None = Non
         batch = job.batch(range(min(2, job.global_batch)))
     samples = max(job.global_batch, 2)
     device = next(module.parameters()).device
-    shaped = map_batch(batch, lambda t: t.new_zeros((samples, *t.shape[1:])).to(device) if t.ndim else t.to(device))
-    wrapper = LossModule(module, job, batch).train()
-    tensors = tuple(batch_tensors(shaped))
-    exported = _export(wrapper, tensors)
+    context: Any = nullcontext()
+    if device.type == "meta":
+        context = FakeTensorMode(allow_non_fake_inputs=True)
+        module, device = _on_cpu(module, context), torch.device("cpu")
+
+    def shaped_as(t: Tensor) -> Tensor:
+        return t.new_zeros((samples, *t.shape[1:]), device=device) if t.ndim else t.to(device)
+
+    with context:
+        shaped = map_batch(batch, shaped_as)
+        wrapper = LossModule(module, job, batch).train()
+        tensors = tuple(batch_tensors(shaped))
+        exported = _export(wrapper, tensors)
     return _collect(exported, wrapper, tensors, samples)
+
+
+def _on_cpu(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a module on `meta` whose tensors say that they are on the CPU.
+
+    What operators are captured depends on the device (attention's strides do), and a plan that was made without weights
+    has to fit the model that runs.
+    """
+    fakes: dict[int, Any] = {}
+    for part in module.modules():
+        for tensor in [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]:
+            if isinstance(tensor, Tensor) and tensor.is_meta and id(tensor) not in fakes:
+                fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+                learned = isinstance(tensor, nn.Parameter)
+                fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if learned else fake
+    return copy.deepcopy(module, fakes)
 
 
 def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram:

@@ -90,7 +90,7 @@ def plan(job: Job, ranks: int) -> Plan:
     """
     from shardwise.search.choose import choose
 
-    return choose(capture(job), ranks)[0].plan
+    return choose(job, ranks)[0].plan
 
 
 def report(plan: Plan, result: Result, predicted: Mapping[str, float] | None = None) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shardwise.job import Job
     from shardwise.plan.plan import Plan
 
-STRATEGIES = ("data", "sharded", "tensor", "pipeline", "hybrid")
+STRATEGIES = ("data", "sharded", "tensor", "pipeline", "hybrid")  # as in search, which is slow to import
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,10 +190,10 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     chosen = _choose(job, _ranks(arguments))
     print(f"{chosen.plan.text()}\n{chosen.why}")
     if chosen.ranked:
-        rows = [["", "plan", "predicted a step", "why"]]
+        rows = [["", "strategy", "plan", "estimated a step", "what is split"]]
         for place, found in enumerate(chosen.ranked, 1):
-            rows.append([str(place), found.plan.title(), duration(found.seconds), found.reason])
-        print("\n" + table(rows, left=2))
+            rows.append([str(place), found.strategy, found.plan.title(), duration(found.seconds), found.reason])
+        print("\n" + table(rows, left=3))
     if arguments.out is not None:
         _write(arguments.out, chosen.plan.text())
         print(f"\nwritten to {arguments.out}")
@@ -272,9 +272,7 @@ def _choose(job: Job, ranks: int) -> _Choice:
         graph = Graph.of(job)
     except CaptureError as error:
         return _Choice(data_plan(ranks, job), f"The batch alone is split, for the model does not capture: {error}")
-    ranked = tuple(choose(graph, ranks))
-    if not ranked:
-        raise PlanError(f"no split of {job.title()} fits {ranks} ranks; ask for fewer")
+    ranked = tuple(choose(job, ranks, graph))
     return _Choice(ranked[0].plan, ranked[0].reason, dict(ranked[0].terms), ranked)
 
 
@@ -305,7 +303,7 @@ def _write(path: Path, text: str) -> None:
 
 def _ranked_dict(found: Any) -> dict[str, object]:
     plan = json.loads(found.plan.to_json())
-    return {"plan": plan, "seconds": found.seconds, "reason": found.reason, "terms": dict(found.terms)}
+    return {"strategy": found.strategy, "plan": plan, "seconds": found.seconds, "reason": found.reason, "terms": dict(found.terms)}
 
 
 def _row_dict(row: Any) -> dict[str, Any]:

@@ -293,9 +293,9 @@ def _ways(whole: Job, ranks: int) -> tuple[list[Measured], int]:
     from shardwise.search.strategies import strategies
 
     graph = Graph.of(whole)
-    best = choose(graph, ranks)[0]
+    best = choose(whole, ranks, graph)[0]
     ways = [Measured("one rank", "one", "", Plan())]
-    for found in strategies(graph, ranks):
+    for found in strategies(whole, ranks, graph):
         ways.append(Measured(f"{found.strategy}, {ranks} ranks", found.strategy, found.reason, found.plan))
     for index, way in enumerate(ways):
         if index and way.plan == best.plan:

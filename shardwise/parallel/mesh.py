@@ -128,7 +128,7 @@ def _group(
     for at in product(*others):
         base = sum(c * s for c, s in zip(at, strides, strict=True))
         ranks = [base + k * strides[index] for k in range(shape[index])]
-        made = dist.new_group(ranks) if real and shape[index] > 1 else None
+        made = dist.new_group(ranks, group_desc=sizes[index][0]) if real and shape[index] > 1 else None
         if me in ranks:
             mine, group = ranks, made
     return mine, group

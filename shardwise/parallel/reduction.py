@@ -169,7 +169,7 @@ def _tie_groups(model: RankModel, shared: Mapping[str, tuple[int, ...]]) -> dict
     for ranks in sorted(set(shared.values())):
         for column in _columns([a.size for a in mesh.axes], mesh.axes.index(axis)):
             members = [column[r] for r in ranks]
-            group = dist.new_group(members) if dist.is_initialized() else None
+            group = dist.new_group(members, group_desc=axis.name) if dist.is_initialized() else None
             if mesh.rank in members:
                 made[ranks] = group
     return {name: made[ranks] for name, ranks in shared.items() if ranks in made}

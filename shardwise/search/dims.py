@@ -1,0 +1,62 @@
+"""Which dims a tensor axis should split: those that lower the price of a step, found one group at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from shardwise.graph.dims import BATCH
+from shardwise.graph.graph import Graph
+
+SEQUENCE = "sequence"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.#]|$)")
+
+
+def groups(graph: Graph, parts: int) -> list[tuple[str, ...]]:
+    """The dims that `parts` divides of the model's parameters, and those of sequences; equal dims of layers are one group.
+
+    A group is one pattern, such as `heads@layers.*.attention`, where that matches no other dim, else a list of names.
+    """
+    fits: dict[str, bool] = {}
+    alike: dict[str, dict[str, None]] = {}
+    for op in graph.ops:
+        if not any(v in graph.learned for v in op.outputs):
+            continue
+        for letter in op.letters:
+            dim = letter.dim
+            fits[dim.name] = dim.size != BATCH and dim.size.coefficient % parts == 0
+            if fits[dim.name] and (dim.owners or dim.label == SEQUENCE):
+                alike.setdefault(_NUMBER.sub("*", dim.name), {})[dim.name] = None
+    found = []
+    for pattern, names in alike.items():
+        matched = {name for name in fits if fnmatchcase(name, pattern)}
+        found.append((pattern,) if matched == set(names) else tuple(names))
+    return found
+
+
+def choose_dims(
+    candidates: Sequence[tuple[str, ...]], price: Callable[[tuple[str, ...]], Mapping[str, float]]
+) -> tuple[str, ...]:
+    """The groups that lower the price when they are added in turn, those first that send least for what they save.
+
+    The order matters twice: an operator takes the first dim that it has, and a dim of the residual stream saves as much
+    work as heads and feed-forward width together, but sends after every operator.
+    """
+    whole = price(())
+
+    def worth(group: tuple[str, ...]) -> float:
+        alone = price(group)
+        saved = whole["compute"] - alone["compute"]
+        sent = alone["communication"] - whole["communication"]
+        return saved / sent if sent > 0 else math.inf if saved > 0 else 0.0
+
+    ordered = sorted(candidates, key=lambda g: (all(n.startswith(SEQUENCE) for n in g), -worth(g)))
+    chosen: tuple[str, ...] = ()
+    best = sum(whole.values())
+    for group in ordered:
+        now = sum(price(chosen + group).values())
+        if now < best:
+            chosen, best = chosen + group, now
+    return chosen

@@ -145,6 +145,7 @@ def run_reference(
         update.zero_grad(set_to_none=True)
         if scheduler is not None:
             scheduler.step()
+    kept = module.state_dict()
     trace.params = {n: p.detach().clone() for n, p in named}
-    trace.params.update({n: b.detach().clone() for n, b in module.named_buffers() if b.is_floating_point()})
+    trace.params |= {n: b.detach().clone() for n, b in module.named_buffers() if n in kept and b.is_floating_point()}
     return trace

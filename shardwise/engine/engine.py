@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.engine.optimize import build_optimizer, check_elementwise
+from shardwise.engine.optimize import build_optimizer, check_elementwise, squared_norm
 from shardwise.engine.whole import Whole
 from shardwise.errors import PlanError
 from shardwise.graph import random
@@ -207,18 +207,15 @@ class Engine:
 
     def _clip(self) -> float | None:
         """Scale gradients to the job's norm. The norm is of the whole gradient, each entry counted once."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         grads = list(self._reduction.grads())
-        for _, grad, share in grads:
-            total += grad.detach().double().pow(2).sum() * share
+        total = squared_norm([(grad, share) for _, grad, share in grads], self.device)
         if dist.is_initialized() and self.plan.ranks > 1:
             self.mesh.recorder.add("all_reduce", "all", total.element_size())
             dist.all_reduce(total)
         norm = math.sqrt(float(total))
         limit = self.job.clip_norm
         if limit is not None and norm > limit:
-            for _, grad, _ in grads:
-                grad.mul_(limit / (norm + 1e-6))
+            torch._foreach_mul_([grad for _, grad, _ in grads], limit / (norm + 1e-6))
         return norm
 
     # -- reading -----------------------------------------------------------------------------------------------------

@@ -81,3 +81,22 @@ def check_elementwise(factory: OptimizerFactory) -> None:
             "the optimizer couples the entries of a parameter (it updates a matrix and its halves differently), so "
             "parameters cannot be cut; use a plan with data and pipeline axes only and zero 0"
         )
+
+
+NORM_PIECE = 65536
+"""Elements that are summed in their own precision; a longer float32 sum would lose digits (4e6 elements: 1e-4)."""
+
+
+def squared_norm(grads: Sequence[tuple[torch.Tensor, float]], device: torch.device) -> torch.Tensor:
+    """The sum of squares of gradients, each times its share, as one float64 number."""
+    pieces: list[torch.Tensor] = []
+    shares: list[float] = []
+    for grad, share in grads:
+        flat = grad.detach().reshape(-1)
+        parts = (flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat).split(NORM_PIECE)
+        pieces += parts
+        shares += [share] * len(parts)
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch.stack(torch._foreach_norm(pieces)).double()
+    return norms.square().dot(torch.tensor(shares, dtype=torch.float64, device=device))

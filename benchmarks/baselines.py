@@ -1,7 +1,7 @@
 """What an expert writes by hand in torch to train the workloads over two ranks: the other side of each ratio.
 
-Every baseline starts from the job's initial weights, takes the global batch, and makes one update of the same optimizer with
-the same clipping; its step returns the loss of the global batch on every rank, as Shardwise's does.
+Every baseline starts from the job's initial weights, takes the global batch, and makes one update of the same optimizer
+with the same clipping; its step returns the loss of the global batch on every rank, as Shardwise's does.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Sendable(nn.Module):
     """Makes activations and gradients contiguous, as sending needs them; a batch-first LSTM's are not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _ContiguousBothWays.apply(x)
+        y: Tensor = _ContiguousBothWays.apply(x)  # type: ignore[no-untyped-call]
         return y
 
 

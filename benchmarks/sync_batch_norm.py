@@ -1,6 +1,6 @@
 """Batch normalisation over the samples of all ranks, for the baselines: torch's own SyncBatchNorm refuses CPU tensors.
 
-As torch's does on a GPU: the ranks' means and variances are gathered and combined, and backward sums two values a channel.
+As torch's does on a GPU: the ranks' means and variances are gathered and combined; backward sums two values a channel.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, mean, var = ctx.saved_tensors
-        # With fixed statistics, torch's kernel gives the two sums of this rank and the part of the gradient without them.
+        # With fixed statistics, torch's kernel gives this rank's two sums, and the gradient as far as it needs none.
         back, for_weight, for_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
@@ -54,7 +54,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         sizes = [input.shape[0]] * dist.get_world_size()
-        y: Tensor = _SyncBatchNorm.apply(input, self.weight, self.bias, self, sizes)
+        y: Tensor = _SyncBatchNorm.apply(input, self.weight, self.bias, self, sizes)  # type: ignore[no-untyped-call]
         return y
 
 

@@ -21,9 +21,7 @@ def plan_of(strategy: str, job: Job) -> Plan:
         return Plan((batch,), zero=3)
     if strategy == "tensor":
         return Plan((PlanAxis("tensor", 2, TENSOR),))
-    return Plan(
-        (PlanAxis("pipeline", 2),), (halfway(job),), micro_batches=MICRO_BATCHES, batch_norm="per-micro-batch"
-    )
+    return Plan((PlanAxis("pipeline", 2),), (halfway(job),), micro_batches=MICRO_BATCHES, batch_norm="per-micro-batch")
 
 
 def halfway(job: Job) -> str:

@@ -6,6 +6,7 @@ number of them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -149,9 +150,7 @@ class Residual(nn.Module):
         self.norm2 = nn.BatchNorm2d(after)
         self.skip: nn.Module | None = None
         if stride > 1 or before != after:
-            self.skip = nn.Sequential(
-                nn.Conv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after)
-            )
+            self.skip = nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), nn.BatchNorm2d(after))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -217,7 +216,7 @@ MLP_WIDTHS = (512, 2048, 2048, 1024, 1024, 512, 512, 256)
 
 
 def _mlp() -> nn.Module:
-    pairs = zip(MLP_WIDTHS, MLP_WIDTHS[1:], strict=False)
+    pairs = itertools.pairwise(MLP_WIDTHS)
     return Layered(*(Dense(a, b) for a, b in pairs), nn.Linear(MLP_WIDTHS[-1], 32))
 
 
@@ -234,22 +233,22 @@ def _adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 def transformer() -> Job:
     """12.9 million parameters, 4 layers of width 512, bytes in sequences of 128; gradients clipped at norm 1."""
+    data = Tokens(LENGTH, VOCAB, VOCAB)
     return Job(
-        model=_transformer, data=Tokens(LENGTH, VOCAB, VOCAB), loss=_loss, optimizer=_adamw, global_batch=8, clip_norm=1.0,
-        name="transformer",
-    )  # fmt: skip
+        model=_transformer, data=data, loss=_loss, optimizer=_adamw, global_batch=8, clip_norm=1.0, name="transformer"
+    )
 
 
 def resnet() -> Job:
     """2.8 million parameters, 8 residual blocks with BatchNorm, 32 x 32 pictures."""
-    return Job(model=_resnet, data=Features((3, 32, 32), 10), loss=_loss, optimizer=_adamw, global_batch=32, name="resnet")
+    data = Features((3, 32, 32), 10)
+    return Job(model=_resnet, data=data, loss=_loss, optimizer=_adamw, global_batch=32, name="resnet")
 
 
 def lstm() -> Job:
-    """4.2 million parameters, a tagger of two LSTM layers of width 512, sequences of 64; gradients clipped at norm 1."""
-    return Job(
-        model=_lstm, data=Tokens(64, 2048, TAGS), loss=_loss, optimizer=_adamw, global_batch=32, clip_norm=1.0, name="lstm"
-    )
+    """4.2 million parameters, a tagger of two LSTM layers of width 512, sequences of 64; gradients clipped at 1."""
+    data = Tokens(64, 2048, TAGS)
+    return Job(model=_lstm, data=data, loss=_loss, optimizer=_adamw, global_batch=32, clip_norm=1.0, name="lstm")
 
 
 def mlp() -> Job:

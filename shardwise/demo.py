@@ -64,7 +64,8 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(samples, length, width))
         wide: Tensor = F.gelu(self.up(self.norm2(x)))
-        return x + self.down(wide)
+        out: Tensor = x + self.down(wide)
+        return out
 
 
 class ByteLM(nn.Module):

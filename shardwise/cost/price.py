@@ -1,7 +1,7 @@
 """What a plan costs: seconds of one step by term, from the captured graph and the plan's layout.
 
-A first price: every term is exposed (nothing overlaps), and a device is a handful of nominal numbers. It ranks plans; it
-does not foretell a clock.
+A first price: every term is exposed (nothing overlaps), and a device is a handful of nominal numbers. It ranks plans;
+it does not foretell a clock.
 """
 
 from __future__ import annotations

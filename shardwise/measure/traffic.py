@@ -1,4 +1,4 @@
-"""The collectives that a rank performs, seen where torch dispatches them: independent of what Shardwise counts itself."""
+"""The collectives that a rank performs, seen where torch dispatches them: independent of Shardwise's own count."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Collectives(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = Recorder()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

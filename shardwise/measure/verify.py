@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.engine.engine import parallelize
-from shardwise.engine.launch import Ranks, joined
+from shardwise.engine.engine import Engine
+from shardwise.engine.launch import Place, Ranks, joined
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
 from shardwise.job import Batch, Job
@@ -81,7 +81,7 @@ def verify(
         dtype: torch.float64 or torch.float32.
         steps: updates to make.
         plans: more plans to look at, by the name that their row gets.
-        timeout: seconds that one strategy may take.
+        timeout: seconds that each strategy may take.
 
     Raises:
         CaptureError: the model does not capture.
@@ -96,14 +96,14 @@ def verify(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardwise-")))
             task, note = _on_one_device(job, dtype, steps, folder)
         except OSError as error:
-            raise LaunchError(f"the run on one device cannot be kept: {error.strerror}; set TMPDIR to another disk") from error
-        pools: dict[int, Ranks] = {}
-        stack.callback(lambda: [pool.close() for pool in pools.values()])
-        rows = []
-        for candidate in candidates:
-            row = _row(candidate, task, pools, timeout)
-            rows.append(replace(row, reason="; ".join(filter(None, (row.reason, note if row.applicable else "")))))
-    return rows
+            message = f"the run on one device cannot be kept: {error.strerror}; set TMPDIR to another disk"
+            raise LaunchError(message) from error
+        rows = [_not_applicable(c) if c.plan is None else None for c in candidates]
+        for size in sorted({c.plan.ranks for c in candidates if c.plan is not None}):
+            places = [i for i, c in enumerate(candidates) if c.plan is not None and c.plan.ranks == size]
+            for i, row in zip(places, _rows([candidates[i] for i in places], task, size, timeout), strict=True):
+                rows[i] = replace(row, reason="; ".join(filter(None, (row.reason, note))))
+    return [row for row in rows if row is not None]
 
 
 def first_batches(job: Job, count: int) -> list[Batch]:
@@ -192,25 +192,34 @@ class _Found:
     recorded: list[Traffic]
 
 
-def _row(candidate: Candidate, task: _Task, pools: dict[int, Ranks], timeout: float) -> Row:
-    plan = candidate.plan
-    if plan is None:
-        return Row(candidate.strategy, None, False, candidate.reason)
-    pool = pools.get(plan.ranks)
-    if pool is None or not pool.usable:
-        pool = pools[plan.ranks] = Ranks(plan.ranks)
-    try:
-        answers = pool.run(_compare, task, plan, timeout=timeout)
-    except PlanError as error:
-        return Row(candidate.strategy, plan, False, str(error))
-    except RunError as error:
-        return Row(candidate.strategy, plan, True, f"the run failed: {error}")
-    first = answers[0]
+def _not_applicable(candidate: Candidate) -> Row:
+    return Row(candidate.strategy, candidate.plan, False, candidate.reason)
+
+
+def _rows(candidates: list[Candidate], task: _Task, ranks: int, timeout: float) -> list[Row]:
+    """The strategies one after the other on the same ranks; where one breaks them, each on ranks of its own."""
+    plans = [c.plan for c in candidates if c.plan is not None]
+    with Ranks(ranks) as pool:
+        try:
+            answers = pool.run(_compare, task, plans, timeout=timeout * len(plans))
+            return [_row(c, task, [each[i] for each in answers]) for i, c in enumerate(candidates)]
+        except RunError as error:
+            if len(plans) == 1:
+                return [Row(candidates[0].strategy, plans[0], True, f"the run failed: {error}")]
+    return [row for candidate in candidates for row in _rows([candidate], task, ranks, timeout)]
+
+
+def _row(candidate: Candidate, task: _Task, answers: list[_Found | str]) -> Row:
+    refused = next((a for a in answers if isinstance(a, str)), None)
+    if refused is not None:
+        return _not_applicable(replace(candidate, reason=refused))
+    found = [a for a in answers if isinstance(a, _Found)]
+    first = found[0]
     limit = TOLERANCE[task.dtype]
     close = all(error <= limit for error in (first.loss, first.grad, first.param))
     return Row(
         candidate.strategy,
-        plan,
+        candidate.plan,
         True,
         candidate.reason,
         first.loss,
@@ -218,31 +227,46 @@ def _row(candidate: Candidate, task: _Task, pools: dict[int, Ranks], timeout: fl
         first.param,
         [t._asdict() for t in first.announced],
         [t._asdict() for t in first.recorded],
-        passed=close and all(a.announced == a.recorded for a in answers),
+        passed=close and all(a.announced == a.recorded for a in found),
         worst=first.worst,
     )
 
 
-def _compare(task: _Task, plan: Plan) -> _Found:
-    """Trains as the one device did, and compares, on rank 0 of the ranks."""
+def _compare(task: _Task, plans: Sequence[Plan]) -> list[_Found | str]:
+    """On a rank: each plan's run against that of the one device; a message where the plan does not fit the job."""
+    graph: Graph | None = None
+    found: list[_Found | str] = []
     with joined() as place:
-        job = task.job
-        engine = parallelize(job, plan, dtype=task.dtype, module=job.build())
-        losses, norms, grads = [], [], []
-        announced, recorded = [], []
-        for batch in first_batches(job, task.steps):
-            seen = Collectives()
-            with seen:
-                losses.append(engine.forward_backward(batch))
-            recorded = seen.take()
-            whole = engine.gradients()
-            grads.append(whole if place.rank == 0 else {})
-            with seen:
-                engine.update()
-            recorded = _joined(recorded, seen.take())
-            announced = engine.announced(job.global_batch)
-            norms.append(engine.grad_norm or 0.0)
-        state = engine.state_dict()
+        for plan in plans:
+            try:
+                engine = Engine(task.job, plan, dtype=task.dtype, module=task.job.build(), graph=graph)
+            except PlanError as error:
+                found.append(str(error))
+                continue
+            graph = engine.graph
+            found.append(_compare_one(task, engine, place))
+    return found
+
+
+def _compare_one(task: _Task, engine: Engine, place: Place) -> _Found:
+    losses: list[float] = []
+    norms: list[float] = []
+    grads: list[dict[str, Tensor]] = []
+    announced: list[Traffic] = []
+    recorded: list[Traffic] = []
+    for batch in first_batches(task.job, task.steps):
+        seen = Collectives()
+        with seen:
+            losses.append(engine.forward_backward(batch))
+        recorded = seen.take()
+        whole = engine.gradients()
+        grads.append(whole if place.rank == 0 else {})
+        with seen:
+            engine.update()
+        recorded = _joined(recorded, seen.take())
+        announced = engine.announced(task.job.global_batch)
+        norms.append(engine.grad_norm or 0.0)
+    state = engine.state_dict()
     if place.rank:
         return _Found(0.0, 0.0, 0.0, "", announced, recorded)
     true = Trace(**torch.load(task.kept, weights_only=True, mmap=True))

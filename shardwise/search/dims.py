@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=[.#]|$)")
 
 
 def groups(graph: Graph, parts: int) -> list[tuple[str, ...]]:
-    """The dims that `parts` divides of the model's parameters, and those of sequences; equal dims of layers are one group.
+    """The dims of parameters that `parts` divides, and those of sequences; equal dims of layers are one group.
 
     A group is one pattern, such as `heads@layers.*.attention`, where that matches no other dim, else a list of names.
     """

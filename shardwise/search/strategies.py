@@ -176,7 +176,7 @@ class Maker:
                 refused.append(f"{kind}: {error}")
         if len(kinds) < 2:
             raise NotApplicable("fewer than two ways to split apply (" + "; ".join(refused) + ")")
-        options = []
+        options: list[tuple[float, int, Plan]] = []
         for chosen in _choices(kinds, min(len(primes), len(kinds))):
             sizes = dict.fromkeys(chosen, 1)
             for n, prime in enumerate(sorted(primes, reverse=True)):

@@ -53,11 +53,15 @@ def part_sizes(n: int, chain: Chain, parts: int) -> list[int]:
     return [chunk(n, parts, i) for i in range(parts)]
 
 
-def embedding(table: Tensor, index: Tensor, start: int, *rest: Any) -> Tensor:
-    """Rows of a table of which this rank has `start` to `start + len(table)`; zero for the others'."""
+def embedding(table: Tensor, index: Tensor, start: int, padding: int) -> Tensor:
+    """Rows of a table of which this rank has `start` to `start + len(table)`; zero for the others'.
+
+    `padding` is the row, of all, that gets no gradient; -1 for none.
+    """
     local = index - start
     mine = (local >= 0) & (local < table.shape[0])
-    found = aten.embedding.default(table, torch.where(mine, local, 0))
+    unlearned = padding - start if start <= padding < start + table.shape[0] else -1
+    found = aten.embedding.default(table, torch.where(mine, local, 0), unlearned)
     return torch.where(mine.unsqueeze(-1), found, found.new_zeros(()))
 
 
@@ -221,9 +225,10 @@ def plus(a: int, b: int) -> int:
     return a + b
 
 
-def share(samples: int, total: int) -> float:
-    """The part of a step's samples that a micro-batch has."""
-    return samples / total
+def share(x: Tensor, samples: int, total: int) -> Tensor:
+    """A micro-batch's share of what is there once in a step."""
+    # A whole number times a float would be float32, and large counts would be rounded.
+    return (x if x.is_floating_point() else x.double()) * (samples / total)
 
 
 def narrow(x: Tensor, pos: int, lead: int, first: int, samples: int, total: int) -> Tensor:
@@ -231,6 +236,7 @@ def narrow(x: Tensor, pos: int, lead: int, first: int, samples: int, total: int)
     return merge_view(split_view(x, pos, lead, total).narrow(pos + 1, first, samples), pos)
 
 
-def arange(start: int, size: int, dtype: Any, device: Any) -> Tensor:
-    """A part of 0, 1, 2, ..."""
-    return torch.arange(start, start + size, dtype=dtype, device=device)
+def arange(span: Span, first: float, step: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A part of first, first + step, first + 2·step, ..."""
+    (index,), _ = _indices(span, device)
+    return (first + step * index).to(dtype)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from shardwise.graph.dims import BATCH
 from shardwise.graph.graph import Op
 from shardwise.graph.normalize import arguments
 from shardwise.graph.rules import Letter, Operand
 from shardwise.parallel import lower
-from shardwise.parallel.layout import States
+from shardwise.parallel.layout import Cut, States
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.writer import Number, Writer
 
@@ -155,7 +154,10 @@ def _mean(call: Call, letter: Letter | None) -> fx.Node:
 def _vocabulary(call: Call, letter: Letter | None) -> fx.Node | None:
     if letter is None:
         return None
-    return call.writer.call(lower.embedding, call.args["weight"], call.args["indices"], call.start_of(letter))
+    a = call.args
+    return call.writer.call(
+        lower.embedding, a["weight"], a["indices"], call.start_of(letter), a.get("padding_idx", -1)
+    )
 
 
 def _classes(call: Call, letter: Letter | None) -> fx.Node | None:
@@ -192,10 +194,11 @@ def _arange(call: Call) -> fx.Node | None:
     out = call.op.context.out
     states = call.out_states(out)
     e, w = call.emitter, call.writer
-    if out.value.sizes[0] != BATCH:
+    if not out.value.sizes[0].power and not any(isinstance(state, Cut) for state in states):
         return None
-    ((start, size, _),) = w.span(out.value, states)[0]
-    return w.call(lower.arange, start, size, call.args.get("dtype"), e.device)
+    dtype = e.dtypes.get(out.value.dtype, out.value.dtype)
+    first, step = call.args.get("start", 0), call.args.get("step", 1)
+    return w.call(lower.arange, w.span(out.value, states), first, step, dtype, e.device)
 
 
 def _iota(call: Call, letter: Letter | None) -> fx.Node | None:

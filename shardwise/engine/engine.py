@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -12,17 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.engine.evaluate import Evaluation
+from shardwise.engine.feed import Feeder, Share, cast
 from shardwise.engine.optimize import build_optimizer, check_elementwise, squared_norm
 from shardwise.engine.whole import Whole
-from shardwise.errors import PlanError
+from shardwise.errors import JobError, PlanError
 from shardwise.graph import random
 from shardwise.graph.graph import Graph
-from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
+from shardwise.job import Batch, Job
 from shardwise.machine.backend import Backend
 from shardwise.parallel.announce import announce
 from shardwise.parallel.hybrid import Split, check_fixed_batch
 from shardwise.parallel.mesh import Mesh, Traffic
-from shardwise.parallel.pipeline import Pipeline
+from shardwise.parallel.pipeline import Pipeline, total_over_stages
 from shardwise.parallel.rank import RankModel
 from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import actions
@@ -54,6 +55,7 @@ class Engine:
         backend = backend or Backend.detect(1)
         self.device = backend.device(_local_rank())
         self.job, self.plan = job, plan
+        borrowed = module is not None
         module = module if module is not None else job.build()
         dtypes: dict[torch.dtype, torch.dtype] = {}
         if dtype is not None:
@@ -61,7 +63,7 @@ class Engine:
             dtypes = {d: dtype for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16) if d != dtype}
         self._dtype = dtype
         if graph is None:
-            graph = Graph.of(job, module, self._cast(job.batch(range(min(2, job.global_batch)))))
+            graph = self._graph(module, training=True)
         self.graph = graph
         check_fixed_batch(graph, plan)
         if plan.model and plan.model != graph.fingerprint():
@@ -71,23 +73,31 @@ class Engine:
         self.mesh = Mesh.build([(a.name, a.size) for a in plan.axes])
         self.split = Split(graph, plan, self.mesh)
         self.model = RankModel(
-            self.split, module, self.device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None
+            self.split, self.device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None
         )
+        self.model.load(module)
         self._reduction = Reduction(self.model)
         self._whole = Whole(module, self._reduction)
         self.optimizer, self.scheduler = self._make_optimizer(module)
         self.steps = 0
         self.grad_norm: float | None = None
-        self._fed: tuple[Any, int] | None = None
+        self._feeder = Feeder(self.split, self.device, dtype)
+        self._fed: Share | None = None
         self._traffic: list[Traffic] = []
         self._pipeline = self._make_pipeline()
+        self._evaluation: Evaluation | None = None
+        # Kept for its structure: evaluation captures it once more.
+        self._module = module
+        if not borrowed:
+            _let_go(module)
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
-    def _cast(self, batch: Batch) -> Batch:
-        if self._dtype is None:
-            return batch
-        return map_batch(batch, lambda t: t.to(self._dtype) if t.is_floating_point() else t)
+    def _graph(self, module: nn.Module, *, training: bool) -> Graph:
+        example = self.job.batch(range(min(2, self.job.global_batch)))
+        if self._dtype is not None:
+            example = cast(example, self._dtype)
+        return Graph.of(self.job, module, example, training=training)
 
     def _make_optimizer(self, module: nn.Module) -> tuple[Any, Any]:
         if self._whole.cut():
@@ -111,10 +121,14 @@ class Engine:
     def feed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """This rank's share of each global batch of a loader that is the same on every rank."""
         for batch in loader:
-            total = batch_size(batch)
-            share = self._share(batch, total)
-            self._fed = (share, total)
-            yield share
+            self._fed = self._feeder.share(batch)
+            yield self._fed.batch
+
+    def _taken(self, batch: Batch) -> Share:
+        """This rank's share of a batch; it may be one already."""
+        if self._fed is not None and batch is self._fed.batch:
+            return self._fed
+        return self._feeder.share(batch)
 
     def step(self, batch: Batch) -> float:
         """One update: forward, backward, gradient reduction, clipping, optimizer, scheduler.
@@ -146,64 +160,47 @@ class Engine:
 
     def forward_backward(self, batch: Batch) -> float:
         """The loss of a global batch, and the gradients of this rank's parameters, summed over all ranks."""
-        if self._fed is not None and batch is self._fed[0]:
-            share, total = self._fed
-        else:
-            total = batch_size(batch)
-            share = self._share(batch, total)
-        tensors = dict(zip(self._input_names(), batch_tensors(share), strict=True))
+        share = self._taken(batch)
         # A new key for each step; the optimizer's place in the run, not the rank's, decides it.
         key = random.stream(self.job.seed, self.steps, 0)
-        micro = self.model.start(tensors, total, key)
+        micro = self.model.start(self._feeder.tensors(share), share.total, key)
         self._stages_left = len(self.split.mine)
         resharding: Any = Resharding(self._reduction.buckets) if self.plan.zero == 3 else nullcontext()
         with resharding:
             loss = self._pipeline.step(micro)
         self._reduction.finish()
-        return self._whole_loss(loss)
+        return float(total_over_stages(loss, self.split.pipeline))
 
-    def _input_names(self) -> list[str]:
-        return self.graph.captured.inputs
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over batches, computed as the model is evaluated: no dropout, running statistics, no gradients.
 
-    def _share(self, batch: Batch, total: int) -> Batch:
-        """This rank's samples of a global batch, in the order of the micro-batches."""
-        self._check_total(total)
-        micros = self.split.micros(total)
-        names = iter(self._input_names())
-        values = {n.name: v[0] for n, v in self.graph.values.items() if n.op == "placeholder"}
+        Batches are weighted by the count where the job's loss returns `(sum, count)`, and by their samples otherwise.
 
-        def rows(tensor: Tensor) -> Tensor:
-            value = values[next(names)]
-            if not value.ndim or value.sizes[0].power == 0:
-                return tensor.to(self.device)
-            spans = [self.split.rows(value, m) for m in micros]
-            if all(a[1] == b[0] for a, b in itertools.pairwise(spans)):
-                return tensor[spans[0][0] : spans[-1][1]].to(self.device)
-            return torch.cat([tensor[a:b] for a, b in spans]).to(self.device)
+        Args:
+            batches: global batches, the same on every rank; or this rank's shares of them, as `feed` yields them.
 
-        return map_batch(self._cast(batch), rows)
+        Returns:
+            The same number on every rank.
 
-    def _check_total(self, total: int) -> None:
-        parts = self.plan.micro_batches
-        for axis in self.plan.axes:
-            if "batch" in axis.dims:
-                parts *= axis.size
-        if total < parts:
-            raise PlanError(
-                f"a batch of {total} samples cannot be cut into {parts} parts "
-                f"({self.plan.micro_batches} micro-batches on {parts // self.plan.micro_batches} data ranks); "
-                f"give at least {parts} samples"
-            )
-        fixed = self.graph.captured.fixed_batch
-        if fixed is not None and total != fixed:
-            raise PlanError(f"the model fixes its batch at {fixed} samples, but a batch has {total}")
+        Raises:
+            JobError: there is no batch.
+            PlanError: a batch is too small to be cut as the plan says.
+            CaptureError: the model captures in training, but not in evaluation.
+        """
+        if self._evaluation is None:
+            graph = self._graph(self._module, training=False)
+            self._evaluation = Evaluation(graph, self._reduction, self._whole, self._dtype)
+        evaluation = self._evaluation
+        evaluation.load(self._module)
+        key = random.stream(self.job.seed, self.steps, 1)
+        found = [evaluation.run(self._taken(batch), key) for batch in batches]
+        if not found:
+            raise JobError("evaluate was given no batch; give at least one")
+        self.mesh.recorder.take()
+        # Where no item of any batch counts the losses are zero.
+        return sum(loss * count for loss, count in found) / max(sum(count for _, count in found), 1.0)
 
-    def _whole_loss(self, loss: Tensor) -> float:
-        axis = self.split.pipeline
-        if axis is not None and axis.group is not None:
-            axis.record("all_reduce", loss.numel() * loss.element_size())
-            dist.all_reduce(loss, group=axis.group)
-        return float(loss)
+    # -- gradients ---------------------------------------------------------------------------------------------------
 
     def _clip(self) -> float | None:
         """Scale gradients to the job's norm. The norm is of the whole gradient, each entry counted once."""
@@ -252,6 +249,12 @@ def parallelize(job: Job, plan: Plan, *, dtype: torch.dtype | None = None, modul
         CaptureError: the model does not capture.
     """
     return Engine(job, plan, dtype=dtype, module=module)
+
+
+def _let_go(module: nn.Module) -> None:
+    """Free a module's weights and keep their shapes."""
+    for param in module.parameters():
+        param.data = param.new_empty(()).expand(param.shape)
 
 
 def _local_rank() -> int:

@@ -18,6 +18,9 @@ class Whole:
     Args:
         module: the user's module, for names and shapes.
         reduction: what this rank has of each parameter.
+
+    Attributes:
+        untouched: parameters that the model does not use.
     """
 
     def __init__(self, module: nn.Module, reduction: Reduction) -> None:
@@ -26,7 +29,7 @@ class Whole:
         self._params = self.split.graph.params
         device = self.model.device
         self._shapes = {n: p.shape for n, p in module.named_parameters()}
-        self._untouched = {n: p.detach().to(device) for n, p in module.named_parameters() if n not in self._params}
+        self.untouched = {n: p.detach().to(device) for n, p in module.named_parameters() if n not in self._params}
         kept = module.state_dict()
         self._buffers = {n: b.detach().to(device) for n, b in module.named_buffers() if n in kept}
 
@@ -69,7 +72,7 @@ class Whole:
         """All parameters and buffers under the user's names."""
         with torch.no_grad():
             found = {n: t.detach().clone() for n, t in self.gather(self.reduction.values()).items()}
-            found.update(self._untouched)
+            found.update(self.untouched)
             found.update({n: b.detach().clone() for n, b in self.buffers().items()})
         for copy, original in self.split.graph.captured.tied.items():
             found[copy] = found[original]

@@ -25,7 +25,8 @@ from shardwise.job import Batch, Job, batch_tensors, map_batch
 class LossModule(nn.Module):
     """The model and its loss as one module: the tensors of a batch in, the mean loss out.
 
-    This is also how one device runs a job, so what is captured is what is compared with.
+    In evaluation, and where the loss is a sum and a count, the count comes out as well: means over several batches are
+    weighted by it. This is also how one device runs a job, so what is captured is what is compared with.
     """
 
     def __init__(self, module: nn.Module, job: Job, example: Batch) -> None:
@@ -35,10 +36,11 @@ class LossModule(nn.Module):
         self._loss = job.loss
         self._example = map_batch(example, lambda t: t.new_empty(0))
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         stream: Iterator[Tensor] = iter(tensors)
         batch = map_batch(self._example, lambda _: next(stream))
-        return mean_loss(self._loss, self._call(batch), batch)
+        loss, count = mean_loss(self._loss, self._call(batch), batch)
+        return loss if self.training or count is None else (loss, count)
 
 
 def caller(module: nn.Module) -> Callable[[Batch], Any]:
@@ -60,8 +62,10 @@ def caller(module: nn.Module) -> Callable[[Batch], Any]:
     return call
 
 
-def mean_loss(loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batch) -> Tensor:
-    """The loss of a batch as one number: what the loss returns, or sum divided by count.
+def mean_loss(
+    loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batch
+) -> tuple[Tensor, Tensor | None]:
+    """The loss of a batch as one number: what the loss returns, or sum divided by count; then the count, if it is told.
 
     Raises:
         JobError: there is no loss, or it is not a scalar.
@@ -77,14 +81,16 @@ def mean_loss(loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batc
             )
     else:
         found = loss(output, batch)
+    number = None
     if isinstance(found, (tuple, list)):
         total, count = found
         # All samples may be ignored; the loss is then zero, not NaN.
         found = total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        number = count.reshape(()) if isinstance(count, Tensor) else torch.full((), count, device=found.device)
     if not isinstance(found, Tensor) or found.numel() != 1:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise JobError(f"loss must be a scalar tensor or (sum, count), but is {shape}")
-    return found.reshape(())
+    return found.reshape(()), number
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +103,9 @@ class Captured:
         buffers: placeholder name to buffer name.
         constants: placeholder name to tensor.
         inputs: placeholder names of the batch tensors, in the order of `batch_tensors`.
-        updates: names of the buffers that the graph's outputs after the loss replace.
+        updates: names of the buffers that the graph's last outputs replace.
         tied: parameter name to the name of the parameter that it is the same tensor as.
+        counted: whether the output after the loss is the number of items that the loss is a mean over.
         batch_symbols: names of the symbols that stand for the number of samples; empty where the model fixes it.
         example: the batch that was used, for its structure.
     """
@@ -110,17 +117,21 @@ class Captured:
     inputs: list[str]
     updates: list[str]
     tied: dict[str, str]
+    counted: bool
     batch_symbols: frozenset[str]
     fixed_batch: int | None
 
 
-def capture(job: Job, module: nn.Module | None = None, batch: Batch | None = None) -> Captured:
+def capture(
+    job: Job, module: nn.Module | None = None, batch: Batch | None = None, *, training: bool = True
+) -> Captured:
     """Capture a job's model and loss.
 
     Args:
         job: what to capture.
         module: the module, if it has been built; None builds it without allocating its weights.
         batch: a batch for its shapes; None takes the job's first samples.
+        training: capture the model as it trains, or as it is evaluated; it is left in training either way.
 
     Raises:
         CaptureError: the model has control flow that depends on data, or another thing that does not export.
@@ -142,10 +153,12 @@ def capture(job: Job, module: nn.Module | None = None, batch: Batch | None = Non
 
     with context:
         shaped = map_batch(batch, shaped_as)
-        wrapper = LossModule(module, job, batch).train()
+        wrapper = LossModule(module, job, batch).train(training)
         tensors = tuple(batch_tensors(shaped))
         exported = _export(wrapper, tensors)
-    return _collect(exported, wrapper, tensors, samples)
+    captured = _collect(exported, wrapper, tensors, samples)
+    wrapper.train()
+    return captured
 
 
 def _on_cpu(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -206,7 +219,12 @@ def _collect(
             updates.append(str(out.target).removeprefix("module."))
         elif out.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the model changes {out.target} ({out.kind.name}), which cannot be split")
-    _loss_first(graph, len(updates))
+    results = len(exported.graph_signature.output_specs) - len(updates)
+    _results_first(graph, len(updates))
+    if not wrapper.training:
+        # Evaluation leaves the model as it is.
+        _only_results(graph, results)
+        updates = []
     symbols = _batch_symbols(graph, inputs)
     normalize(graph, symbols)
     canonical = {id(p): name for name, p in reversed(list(wrapper.module.named_parameters(remove_duplicate=False)))}
@@ -224,16 +242,22 @@ def _collect(
         inputs=inputs,
         updates=updates,
         tied=tied,
+        counted=results > 1,
         batch_symbols=symbols,
         fixed_batch=None if symbols else samples,
     )
 
 
-def _loss_first(graph: fx.Graph, updates: int) -> None:
-    """Put the loss before the new buffers in the output."""
+def _results_first(graph: fx.Graph, updates: int) -> None:
+    """Put the loss, and the count, before the new buffers in the output."""
     output = graph.output_node()
     outs = list(output.args[0])  # type: ignore[arg-type]
     output.args = (tuple(outs[updates:] + outs[:updates]),)
+
+
+def _only_results(graph: fx.Graph, results: int) -> None:
+    output = graph.output_node()
+    output.args = (output.args[0][:results],)  # type: ignore[index]
 
 
 def _batch_symbols(graph: fx.Graph, inputs: list[str]) -> frozenset[str]:

@@ -86,15 +86,18 @@ class Graph:
         self._name_dims()
 
     @classmethod
-    def of(cls, job: Job, module: nn.Module | None = None, batch: Batch | None = None) -> Graph:
-        """Capture a job and find its dims.
+    def of(
+        cls, job: Job, module: nn.Module | None = None, batch: Batch | None = None, *, training: bool = True
+    ) -> Graph:
+        """Capture a job and find its dims; with `training` off as it is evaluated, where nothing has a gradient.
 
         Raises:
             CaptureError: the model does not capture.
         """
         module = module if module is not None else job.build("meta")
-        trainable = frozenset(n for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad)
-        return cls(capture(job, module, batch), trainable)
+        named = module.named_parameters(remove_duplicate=False)
+        trainable = frozenset(n for n, p in named if p.requires_grad and training)
+        return cls(capture(job, module, batch, training=training), trainable)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -124,6 +127,17 @@ class Graph:
     def loss(self) -> fx.Node:
         node: fx.Node = self.captured.graph.output_node().args[0][0]  # type: ignore[index,assignment]
         return node
+
+    @cached_property
+    def results(self) -> Mapping[str, Value]:
+        """What a run is for: `loss`, and `count` where the graph gives the number of items that it is a mean over."""
+        outs: Any = self.captured.graph.output_node().args[0]
+        found = {}
+        for name, node in zip(("loss", "count") if self.captured.counted else ("loss",), outs, strict=False):
+            value = self.value(node)
+            assert value is not None
+            found[name] = value
+        return found
 
     @cached_property
     def batch_dim(self) -> Dim | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from shardwise.graph.graph import Graph
@@ -14,8 +13,6 @@ from shardwise.parallel import lower
 from shardwise.parallel.layout import PARTIAL, VARIES, WHOLE, Cut, Layout, State, States, Whole
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.writer import Number, Writer
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +111,7 @@ class Converter:
         """Micro-batches: what is whole in each of them counts once, so a sum over them takes its share."""
         w = self.writer
         if new == PARTIAL and isinstance(old, Whole):
-            share = w.call(lower.share, w.samples, w.total)
-            return w.call(aten.mul.Tensor, node, share)
+            return w.call(lower.share, node, w.samples, w.total)
         if isinstance(new, Cut) and isinstance(old, Whole):
             states = [WHOLE] * len(w.axes)
             lead: Number = 1

@@ -33,15 +33,24 @@ class Micro:
 class Split:
     """A graph, a plan and a mesh put together: what this rank's tensors look like.
 
+    Args:
+        graph: the captured model.
+        plan: how it is split.
+        mesh: this rank's place.
+        bounds: the operators of each stage, for a graph that is not the one that the plan was made for but a relative.
+
     Raises:
         PlanError: the plan does not fit the graph.
     """
 
-    def __init__(self, graph: Graph, plan: Plan, mesh: Mesh) -> None:
+    def __init__(
+        self, graph: Graph, plan: Plan, mesh: Mesh, bounds: Sequence[tuple[int, int]] | None = None
+    ) -> None:
         self.graph, self.plan, self.mesh = graph, plan, mesh
         self.timed = plan.micro_batches > 1
         split_axes = [SplitAxis(a.name, a.size, a.dims) for a in plan.axes if a.name != PIPELINE]
-        check_axes(graph, split_axes)
+        if bounds is None:
+            check_axes(graph, split_axes)
         self.axes: list[Axis | None] = [mesh[a.name] for a in split_axes]
         if self.timed:
             self.axes.insert(0, None)
@@ -51,7 +60,7 @@ class Split:
             early_values(graph, self.layout, exact_batch_norm=plan.batch_norm == "exact") if self.timed else []
         )
         self.pipeline = mesh.get(PIPELINE)
-        self.bounds = stage_bounds(graph, plan)
+        self.bounds = bounds if bounds is not None else stage_bounds(graph, plan)
         rank = self.pipeline.rank if self.pipeline else 0
         ranks = self.pipeline.size if self.pipeline else 1
         self.mine = [s for s in range(plan.stages) if stage_rank(s, ranks) == rank]
@@ -127,6 +136,12 @@ class Split:
         states = self.layout.states[value]
         return self.lead(value, cut, [s if b < a else WHOLE for b, s in enumerate(states)], 1)
 
+    def stored(self, value: Value) -> list[tuple[str, int, int]]:
+        """Which part of a parameter this rank keeps: equal for equal parts, whatever the dims are called."""
+        return [
+            (axis.name, cut.pos, self._param_lead(value, cut, a)) for a, (axis, cut, _) in self._cuts(value)
+        ]
+
     def sums(self, value: Value) -> tuple[Axis, ...]:
         """The mesh axes over which a parameter's gradient is to be summed."""
         return tuple(x for a in self.layout.grad_axes(value) if (x := self.axes[a]) is not None)
@@ -140,7 +155,7 @@ class Split:
 
     def crossings(self, cut: int) -> list[Value]:
         """What is carried over the cut behind stage `cut`, in order of execution."""
-        return crossings(self.graph, self.plan, cut)
+        return _crossings(self.graph, self.bounds[cut][1])
 
     def stage_params(self, stage: int) -> list[str]:
         """Names of the parameters that a stage's operators use, in order of use."""
@@ -177,12 +192,12 @@ def crossings(graph: Graph, plan: Plan, cut: int) -> list[Value]:
 
     What depends on the batch alone is not: each stage computes it for itself.
     """
-    start = stage_bounds(graph, plan)[cut][1]
+    return _crossings(graph, stage_bounds(graph, plan)[cut][1])
+
+
+def _crossings(graph: Graph, start: int) -> list[Value]:
     before: dict[Value, Op] = {v: op for op in graph.ops[:start] for v in op.outputs if v in graph.learned}
-    needed = {v for op in graph.ops[start:] for v in op.inputs}
-    loss = graph.value(graph.loss)
-    if loss is not None:
-        needed.add(loss)
+    needed = {v for op in graph.ops[start:] for v in op.inputs} | set(graph.results.values())
     return [v for v in before if v in needed]
 
 

@@ -69,6 +69,7 @@ class Pipeline:
         axis: the pipeline axis; None where there is one stage.
         device: where tensors arrive.
         before_last: called before the last backward of each stage, so that gradient reduction can start.
+        results: what the last stage gives of each micro-batch, to be summed over them.
     """
 
     stages: Sequence[Stage]
@@ -76,25 +77,31 @@ class Pipeline:
     order: Sequence[Action]
     axis: Axis | None
     device: torch.device
-    before_last: Callable[[int], None]
+    before_last: Callable[[int], None] = lambda stage: None
+    results: Sequence[str] = ("loss",)
     _sent: list[tuple[Any, Tensor]] = field(default_factory=list)
     _boxes: dict[tuple[str, int, int], list[tuple[Any, Tensor]]] = field(default_factory=dict)
     _local: dict[tuple[str, int, int], list[Tensor | None]] = field(default_factory=dict)
 
     def step(self, micro: int) -> Tensor:
-        """Forward and backward over all micro-batches. Returns the sum of the losses this rank computed, or zero."""
+        """All actions over all micro-batches.
+
+        Returns:
+            [results], float64: sums of what this rank computed of each; zero where the last stage is elsewhere.
+        """
         waiting: dict[tuple[int, int], _Pending] = {}
         by_index = {stage.index: stage for stage in self.stages}
         backwards = dict.fromkeys(by_index, 0)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros(len(self.results), dtype=torch.float64, device=self.device)
         for at, action in enumerate(self.order):
             self._expect(self.order[at : at + 3], by_index, micro)
             stage = by_index[action.stage]
             key = (action.stage, action.micro)
             if action.kind == "F":
-                waiting[key] = self._forward(stage, action.micro, micro)
+                waiting[key] = self._forward(stage, action.micro)
                 if action.stage == self.count - 1:
-                    total += waiting[key].outputs["loss"].detach()
+                    outputs = waiting[key].outputs
+                    total += torch.stack([outputs[name].detach().to(total.dtype) for name in self.results])
             elif action.kind in "BI":
                 last_weight = action.kind == "B"
                 backwards[action.stage] += last_weight
@@ -115,7 +122,7 @@ class Pipeline:
 
     # -- one action --------------------------------------------------------------------------------------------------
 
-    def _forward(self, stage: Stage, m: int, micro: int) -> _Pending:
+    def _forward(self, stage: Stage, m: int) -> _Pending:
         inputs: dict[str, Tensor] = {}
         got = self._receive("F", stage.index, m) if stage.index else []
         for crossing, tensor in zip(stage.takes, got, strict=True):
@@ -194,6 +201,14 @@ class Pipeline:
         for work, _ in box:
             work.wait()
         return [tensor for _, tensor in box]
+
+
+def total_over_stages(results: Tensor, axis: Axis | None) -> Tensor:
+    """What all stages together computed, on every rank."""
+    if axis is not None and axis.group is not None:
+        axis.record("all_reduce", results.numel() * results.element_size())
+        dist.all_reduce(results, group=axis.group)
+    return results
 
 
 def _inputs_only(stage: Stage, pending: _Pending, roots: list[Tensor], grads: Sequence[Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,7 +31,6 @@ class RankModel:
     def __init__(
         self,
         split: Split,
-        module: nn.Module,
         device: torch.device,
         *,
         dtypes: dict[torch.dtype, torch.dtype] | None = None,
@@ -39,32 +38,48 @@ class RankModel:
     ) -> None:
         self.split, self.device, self.autocast = split, device, autocast
         self._dtypes = dtypes or {}
-        graph = split.graph
+        self.params: dict[str, nn.Parameter] = {}
+        self.buffers: dict[str, Tensor] = {}
         self.updated = self._updated()
-        self._nodes = {n.name: v[0] for n, v in graph.values.items() if n.op == "placeholder"}
+        self._nodes = {n.name: v[0] for n, v in split.graph.values.items() if n.op == "placeholder"}
         self.preludes = self._early_programs()
         self.programs = {s: self._stage_program(s) for s in split.mine}
-        named = dict(module.named_parameters(remove_duplicate=False))
-        self.params: dict[str, nn.Parameter] = {}
-        for program in self.programs.values():
-            for name in program.params:
-                if name not in self.params:
-                    source = named[name]
-                    local = split.shard(graph.params[name], source.detach()).to(device).clone()
-                    self.params[name] = nn.Parameter(local, requires_grad=source.requires_grad)
-        everything = dict(module.named_buffers(remove_duplicate=False))
-        used = {n for p in [*self.programs.values(), *self.preludes] for n in p.buffers}
-        self.buffers = {n: everything[n].detach().to(device).clone() for n in everything if n in used}
         self.key = 0
-        self.bind()
         self._micros: list[Micro] = []
         self._tensors: dict[str, Tensor] = {}
         self._rows: dict[str, list[tuple[int, int]]] = {}
         self._given: dict[str, Tensor] = {}
 
+    @classmethod
+    def like(cls, other: RankModel, split: Split) -> RankModel:
+        """A model on the same device and in the same precision, for another graph; without parameters as yet."""
+        return cls(split, other.device, dtypes=other._dtypes, autocast=other.autocast)
+
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that a tensor of the captured graph has here."""
         return self._dtypes.get(dtype, dtype)
+
+    @property
+    def used(self) -> list[str]:
+        """Names of the parameters that this rank's programs have as their own, in order of use."""
+        return list(dict.fromkeys(name for program in self.programs.values() for name in program.params))
+
+    @property
+    def used_buffers(self) -> list[str]:
+        """Names of the buffers that this rank's programs read."""
+        return list(dict.fromkeys(n for p in [*self.programs.values(), *self.preludes] for n in p.buffers))
+
+    def load(self, module: nn.Module) -> None:
+        """Take this rank's part of the parameters, and the buffers, of a whole module."""
+        named = dict(module.named_parameters(remove_duplicate=False))
+        for name in self.used:
+            local = self.split.shard(self.split.graph.params[name], named[name].detach()).to(self.device).clone()
+            self.params[name] = nn.Parameter(local, requires_grad=named[name].requires_grad)
+        used = self.used_buffers
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            if name in used:
+                self.buffers[name] = buffer.detach().to(self.device).clone()
+        self.bind()
 
     def bind(self) -> None:
         """Give the programs this rank's parameters and buffers."""
@@ -74,16 +89,21 @@ class RankModel:
             for name in program.buffers:
                 setattr(program.module, attribute_name(name), self.buffers[name])
 
-    def gather_buckets(self, buckets: Sequence[FlatBucket]) -> None:
-        """ZeRO-3: programs gather a bucket's parameters before their first use and let go of them after their last."""
+    def gather_buckets(self, buckets: Sequence[FlatBucket], but: Container[str] = ()) -> None:
+        """ZeRO-3: programs gather a bucket's parameters before their first use and let go of them after their last.
+
+        Args:
+            buckets: the parameters, in parts.
+            but: names of parameters that stay the programs' own.
+        """
         for program in self.programs.values():
             for i, bucket in enumerate(buckets):
-                if gather_in(program.module, bucket, f"bucket_{i}"):
-                    program.params = [n for n in program.params if n not in bucket.names]
+                names = [n for n in bucket.names if n not in but]
+                if gather_in(program.module, bucket, names, f"bucket_{i}"):
+                    program.params = [n for n in program.params if n not in names]
+                for name in names:
+                    self.params.pop(name, None)
             program.module.recompile()
-        for bucket in buckets:
-            for name in bucket.names:
-                del self.params[name]
 
     # -- programs ----------------------------------------------------------------------------------------------------
 
@@ -118,10 +138,9 @@ class RankModel:
             given.update({v: states[v] for v in split.crossings(stage - 1)})
         ops = [op for op in graph.ops if split.stage_of[op] == stage or not any(v in graph.learned for v in op.outputs)]
         outputs = [(v, states[v]) for v in self._gives(stage) if v not in given]
-        loss = graph.value(graph.loss)
-        assert loss is not None
         if stage == split.plan.stages - 1:
-            outputs.append((loss, tuple(PARTIAL if axis is None else WHOLE for axis in split.axes)))
+            summed = tuple(PARTIAL if axis is None else WHOLE for axis in split.axes)
+            outputs += [(value, summed) for value in graph.results.values()]
         for value in self.updated.values():
             if split.stage_of[graph.producer[value]] == stage:
                 outputs.append((value, (WHOLE,) * len(split.axes)))
@@ -129,9 +148,9 @@ class RankModel:
 
     def _updated(self) -> dict[str, Value]:
         captured = self.split.graph.captured
-        outs: Any = captured.graph.output_node().args[0][1:]  # type: ignore[index]
+        outs: Any = captured.graph.output_node().args[0]
         found = {}
-        for name, node in zip(captured.updates, outs, strict=True):
+        for name, node in zip(captured.updates, outs[len(self.split.graph.results) :], strict=True):
             value = self.split.graph.value(node)
             if value is not None and node.op != "placeholder":
                 found[name] = value
@@ -188,18 +207,22 @@ class RankModel:
             result: tuple[Tensor, ...] = program.module(micro.samples, micro.total, micro.first, self.key, *args)
         return result
 
+    def _replace_buffer(self, name: str, tensor: Tensor) -> None:
+        self.buffers[name] = tensor
+        for program in [*self.programs.values(), *self.preludes]:
+            if name in program.buffers:
+                setattr(program.module, attribute_name(name), tensor)
+
     def run(self, stage: int, m: int, received: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A stage's forward pass on one micro-batch; what goes on by name, and the loss at the end as `loss`."""
+        """A stage's forward pass on one micro-batch; what goes on by name, and at the end the graph's results."""
         program = self.programs[stage]
         outs = dict(zip(program.outputs, self._call(program, m, received), strict=True))
         for name, value in self.updated.items():
             if value.name in outs and name in self.buffers:
-                with torch.no_grad():
-                    self.buffers[name].copy_(outs[value.name])
+                # A new tensor: backward may still need the old one.
+                self._replace_buffer(name, outs[value.name].detach())
         if stage == self.split.plan.stages - 1:
-            loss = self.split.graph.value(self.split.graph.loss)
-            assert loss is not None
-            return {"loss": outs[loss.name]}
+            return {result: outs[value.name] for result, value in self.split.graph.results.items()}
         return {v.name: outs[v.name] if v.name in outs else received[v.name] for v in self._gives(stage)}
 
     def stages(self) -> list[Stage]:
@@ -210,7 +233,6 @@ class RankModel:
                 lambda m, received, s=s: self.run(s, m, received),  # type: ignore[misc]
                 [self._crossing(v) for v in self.split.crossings(s - 1)] if s else [],
                 [self._crossing(v) for v in self._gives(s)],
-                [self.params[n] for n in self.programs[s].params if self.params[n].requires_grad],
             )
             for s in self.split.mine
         ]

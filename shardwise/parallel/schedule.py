@@ -40,8 +40,7 @@ def actions(schedule: str, rank: int, ranks: int, stages: int, micro: int) -> li
         raise PlanError(f"{ranks} pipeline ranks do not divide {stages} stages")
     if schedule == "gpipe":
         mine = [s for s in range(stages) if stage_rank(s, ranks) == rank]
-        forward = [Action(s, "F", m) for s in mine for m in range(micro)]
-        return forward + [Action(s, "B", m) for s in reversed(mine) for m in range(micro)]
+        return forward_only(mine, micro) + [Action(s, "B", m) for s in reversed(mine) for m in range(micro)]
     if schedule == "1f1b" and stages == ranks:
         return _one_forward_one_backward(rank, ranks, micro)
     if schedule == "1f1b":
@@ -50,6 +49,11 @@ def actions(schedule: str, rank: int, ranks: int, stages: int, micro: int) -> li
             "use schedule interleaved, zero-bubble or gpipe"
         )
     return _from_torch(schedule, rank, ranks, stages, micro)
+
+
+def forward_only(mine: Sequence[int], micro: int) -> list[Action]:
+    """The order of a rank that has stages `mine` where there is no backward."""
+    return [Action(s, "F", m) for s in mine for m in range(micro)]
 
 
 def _one_forward_one_backward(rank: int, ranks: int, micro: int) -> list[Action]:

@@ -197,10 +197,10 @@ class Resharding:
         return packed
 
 
-def gather_in(module: fx.GraphModule, bucket: FlatBucket, attribute: str) -> bool:
-    """Make a program gather a bucket; whether it uses any of its parameters."""
+def gather_in(module: fx.GraphModule, bucket: FlatBucket, wanted: Sequence[str], attribute: str) -> bool:
+    """Make a program gather a bucket for some of its parameters; whether it uses any of them."""
     graph = module.graph
-    names = {attribute_name(n): i for i, n in enumerate(bucket.names)}
+    names = {attribute_name(n): i for i, n in enumerate(bucket.names) if n in wanted}
     uses = [n for n in graph.nodes if n.op == "get_attr" and n.target in names]
     if not uses:
         return False

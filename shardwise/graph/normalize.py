@@ -159,6 +159,12 @@ def _addmm(r: _Rewriter, node: fx.Node) -> None:
     r.replace(r.call(aten.add.Tensor, r.call(product, left, right), a["self"]))
 
 
+def _type_as(r: _Rewriter, node: fx.Node) -> None:
+    # Of the other tensor only its dtype is wanted, however it is cut.
+    a = arguments(node)
+    r.replace(r.call(aten._to_copy.default, a["self"], dtype=a["other"].meta["val"].dtype))
+
+
 def _mean_loss(r: _Rewriter, node: fx.Node) -> None:
     a = arguments(node)
     if a["reduction"] != MEAN:
@@ -281,6 +287,7 @@ _CHANGES: dict[str, Callable[[_Rewriter, fx.Node], None]] = {
     "aten.conv_transpose2d": _bias_after,
     "aten.conv_transpose3d": _bias_after,
     "aten.convolution": _bias_after,
+    "aten.type_as": _type_as,
     "aten.addmm": _addmm,
     "aten.baddbmm": _addmm,
     "aten.cross_entropy_loss": _cross_entropy,

@@ -25,7 +25,7 @@ BINARY = [
 ]  # fmt: skip
 
 LINEAR_UNARY = [
-    "neg", "clone", "contiguous", "_to_copy", "to", "type_as", "detach", "alias", "lift_fresh_copy", "positive",
+    "neg", "clone", "contiguous", "_to_copy", "to", "detach", "alias", "lift_fresh_copy", "positive",
     "real", "_to_dense", "conj", "resolve_conj", "resolve_neg",
 ]  # fmt: skip
 

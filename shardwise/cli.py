@@ -193,7 +193,7 @@ def _plan(arguments: argparse.Namespace) -> Answer:
         rows = [["", "strategy", "plan", "estimated a step", "what is split"]]
         for place, found in enumerate(chosen.ranked, 1):
             rows.append([str(place), found.strategy, found.plan.title(), duration(found.seconds), found.reason])
-        print("\n" + table(rows, left=3))
+        print("\n" + table(rows, left=5))
     if arguments.out is not None:
         _write(arguments.out, chosen.plan.text())
         print(f"\nwritten to {arguments.out}")

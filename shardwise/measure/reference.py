@@ -134,7 +134,7 @@ def run_reference(
         loss.backward()
         grads = {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
         norm = torch.sqrt(sum((g.double().pow(2).sum() for g in grads.values()), torch.zeros((), dtype=torch.float64)))
-        trace.losses.append(float(loss))
+        trace.losses.append(float(loss.detach()))
         trace.norms.append(float(norm))
         trace.grads.append(grads)
         if job.clip_norm is not None and norm > job.clip_norm:

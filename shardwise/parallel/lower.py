@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.graph import random
-from shardwise.parallel.collectives import all_reduce_, merge_view, reduce, split_view, vary
+from shardwise.parallel.collectives import all_reduce_, merge_view, split_view
 from shardwise.parallel.mesh import Axis
 
 aten = torch.ops.aten
@@ -119,45 +119,6 @@ def mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool, dtype: Any, count:
     """This rank's share of a mean over `count` elements."""
     total = x.sum(dtype=dtype) if dim is None else x.sum(list(dim), keepdim=keepdim, dtype=dtype)
     return total / count
-
-
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-    count: int,
-    axes: Sequence[Axis],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Batch normalisation with the statistics of all ranks' samples; `count` is all their samples times positions.
-
-    Two sums travel: values, then squared deviations from the global mean, which unlike sums of squares do not cancel.
-    """
-    over = [i for i in range(x.ndim) if i != 1]
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    total = x.sum(over)
-    for axis in axes:
-        total = vary(reduce(total, axis), axis)
-    average = total / count
-    centred = x - average.view(shape)
-    squares = (centred * centred).sum(over)
-    for axis in axes:
-        squares = vary(reduce(squares, axis), axis)
-    variance = squares / count
-    inverse = torch.rsqrt(variance + eps)
-    out = centred * inverse.view(shape)
-    if weight is not None:
-        out = out * weight.view(shape)
-    if bias is not None:
-        out = out + bias.view(shape)
-    with torch.no_grad():
-        unbiased = variance * (count / max(count - 1, 1))
-        new_mean = running_mean + momentum * (average.to(running_mean.dtype) - running_mean)
-        new_var = running_var + momentum * (unbiased.to(running_var.dtype) - running_var)
-    return out, average.detach(), inverse.detach(), new_mean, new_var
 
 
 def grouped_mm(x: Tensor, w: Tensor, offsets: Tensor, start: int) -> Tensor:

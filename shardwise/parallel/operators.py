@@ -14,6 +14,7 @@ from shardwise.graph.graph import Op
 from shardwise.graph.normalize import arguments
 from shardwise.graph.rules import Letter, Operand
 from shardwise.parallel import lower
+from shardwise.parallel.batch_norm import BACKWARD_ROWS, FORWARD_ROWS, batch_norm, statistics_dtype
 from shardwise.parallel.layout import Cut, States
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.writer import Number, Writer
@@ -277,22 +278,16 @@ def _batch_norm(call: Call, letter: Letter | None) -> fx.Node | None:
         return None
     e, w = call.emitter, call.writer
     x = call.op.context.inputs[0].value
-    count: Number = w.samples if e.per_micro_batch else w.total
-    for size in x.sizes[2:]:
-        count = w.times(count, size.coefficient)
     axes = [w.axis(w.axes.index(axis)) for axis in call.cut[letter]]
     a = call.args
     node = w.call(
-        lower.batch_norm, a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], a["momentum"],
-        a["eps"], count, axes,
+        batch_norm, a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], a["momentum"], a["eps"],
+        axes,
     )  # fmt: skip
     mean = call.op.context.outputs[3]
-    both_ways = 2 if x in e.graph.needs_grad else 1
-    node.meta["sends"] = [
-        ("all_reduce", axis, mean.value, call.out_states(mean), x.dtype, 1)
-        for axis in call.cut[letter]
-        for _ in range(2 * both_ways)
-    ]
+    dtype, states = statistics_dtype(x.dtype), call.out_states(mean)
+    sent = [("all_gather", FORWARD_ROWS)] + [("all_reduce", BACKWARD_ROWS)] * (x in e.graph.needs_grad)
+    node.meta["sends"] = [(kind, axis, mean.value, states, dtype, n) for axis in call.cut[letter] for kind, n in sent]
     return node
 
 

@@ -56,7 +56,6 @@ class Emitter:
         device: where the program runs; capture may have happened elsewhere.
         given: tensors that another program computed, with the states that they arrive in.
         dtypes: replaces dtypes that the model names, for proofs in float64.
-        per_micro_batch: batch statistics are of one micro-batch.
         recompute: patterns of the modules whose activations are computed again in backward.
         exact_dropout: dropout masks are functions of position.
     """
@@ -67,7 +66,6 @@ class Emitter:
     device: torch.device
     given: dict[Value, States] = field(default_factory=dict)
     dtypes: dict[torch.dtype, torch.dtype] = field(default_factory=dict)
-    per_micro_batch: bool = False
     recompute: tuple[str, ...] = ()
     exact_dropout: bool = True
 

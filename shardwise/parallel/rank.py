@@ -111,8 +111,7 @@ class RankModel:
         split = self.split
         return Emitter(
             split.graph, split.layout, split.axes, self.device, given, self._dtypes,
-            per_micro_batch=split.plan.batch_norm != "exact", recompute=split.plan.recompute,
-            exact_dropout=split.plan.dropout == "exact",
+            recompute=split.plan.recompute, exact_dropout=split.plan.dropout == "exact",
         )  # fmt: skip
 
     def _early_programs(self) -> list[Program]:

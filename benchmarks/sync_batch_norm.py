@@ -17,7 +17,10 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: nn.BatchNorm2d, sizes: list[int]) -> Tensor:
         over = [0, 2, 3]
         pixels = x.shape[2] * x.shape[3]
-        var, mean = torch.var_mean(x, over, correction=0)
+        # In two passes: torch.var_mean is ten times slower on a CPU.
+        mean = x.mean(over)
+        centred = x - mean.view(1, -1, 1, 1)
+        var = centred.mul_(centred).mean(over)
         mine = torch.stack([mean, var])
         ranks = [torch.empty_like(mine) for _ in sizes]
         dist.all_gather(ranks, mine)

@@ -21,6 +21,7 @@ from shardwise.graph.graph import Graph
 from shardwise.job import Batch, Job
 from shardwise.machine.backend import Backend
 from shardwise.parallel.announce import announce
+from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch
 from shardwise.parallel.mesh import Mesh, Traffic
 from shardwise.parallel.pipeline import Pipeline, total_over_stages
@@ -84,6 +85,7 @@ class Engine:
         self._feeder = Feeder(self.split, self.device, dtype)
         self._fed: Share | None = None
         self._traffic: list[Traffic] = []
+        self._channels = Channels(self.mesh, self.split.pipeline, plan.stages, self.device)
         self._pipeline = self._make_pipeline()
         self._evaluation: Evaluation | None = None
         # Kept for its structure: evaluation captures it once more.
@@ -109,7 +111,7 @@ class Engine:
         rank, ranks = (axis.rank, axis.size) if axis else (0, 1)
         schedule = plan.schedule if axis or plan.stages > 1 else "1f1b"
         order = actions(schedule, rank, ranks, plan.stages, plan.micro_batches)
-        return Pipeline(self.model.stages(), plan.stages, order, axis, self.device, self._before_last)
+        return Pipeline(self.model.stages(), plan.stages, order, self._channels, self._before_last)
 
     def _before_last(self, stage: int) -> None:
         self._stages_left -= 1
@@ -189,7 +191,7 @@ class Engine:
         """
         if self._evaluation is None:
             graph = self._graph(self._module, training=False)
-            self._evaluation = Evaluation(graph, self._reduction, self._whole, self._dtype)
+            self._evaluation = Evaluation(graph, self._reduction, self._whole, self._channels, self._dtype)
         evaluation = self._evaluation
         evaluation.load(self._module)
         key = random.stream(self.job.seed, self.steps, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shardwise.engine.feed import Feeder, Share
 from shardwise.engine.whole import Whole
 from shardwise.graph.graph import Graph
+from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch
 from shardwise.parallel.pipeline import Pipeline, total_over_stages
 from shardwise.parallel.rank import RankModel
@@ -29,10 +30,13 @@ class Evaluation:
         graph: the job captured as it is evaluated.
         reduction: the parameters that are trained.
         whole: gathers them.
+        channels: between the stages; training is done with them meanwhile.
         dtype: as the engine's.
     """
 
-    def __init__(self, graph: Graph, reduction: Reduction, whole: Whole, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, graph: Graph, reduction: Reduction, whole: Whole, channels: Channels, dtype: torch.dtype | None
+    ) -> None:
         training = reduction.model
         split = training.split
         check_fixed_batch(graph, split.plan)
@@ -45,9 +49,8 @@ class Evaluation:
         if split.plan.zero == 3:
             self.model.gather_buckets(reduction.buckets, but=self._apart)
         order = forward_only(self.split.mine, split.plan.micro_batches)
-        self._pipeline = Pipeline(
-            self.model.stages(), split.plan.stages, order, split.pipeline, training.device, results=tuple(graph.results)
-        )
+        results = tuple(graph.results)
+        self._pipeline = Pipeline(self.model.stages(), split.plan.stages, order, channels, results=results)
 
     def load(self, module: nn.Module) -> None:
         """Take the parameters and buffers as they are now; called on every rank."""

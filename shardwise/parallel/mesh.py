@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,10 +74,7 @@ class Mesh:
 
     @property
     def size(self) -> int:
-        total = 1
-        for axis in self.axes:
-            total *= axis.size
-        return total
+        return math.prod(axis.size for axis in self.axes)
 
     def __getitem__(self, name: str) -> Axis:
         return next(axis for axis in self.axes if axis.name == name)
@@ -87,6 +85,16 @@ class Mesh:
     def get(self, name: str) -> Axis | None:
         """The axis of this name, or None."""
         return next((axis for axis in self.axes if axis.name == name), None)
+
+    def columns(self, axis: Axis) -> list[list[int]]:
+        """For every place on the other axes the ranks along one axis; the same list on every rank."""
+        index = self.axes.index(axis)
+        stride = math.prod(a.size for a in self.axes[index + 1 :])
+        return [
+            [base + inner + k * stride for k in range(axis.size)]
+            for base in range(0, self.size, stride * axis.size)
+            for inner in range(stride)
+        ]
 
     def coordinates(self) -> tuple[int, ...]:
         return tuple(axis.rank for axis in self.axes)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from shardwise.graph.graph import Op
-from shardwise.graph.normalize import arguments
+from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import Letter, Operand
 from shardwise.parallel import lower
 from shardwise.parallel.batch_norm import BACKWARD_ROWS, FORWARD_ROWS, batch_norm, statistics_dtype

@@ -178,6 +178,8 @@ class Emitter:
             return
         result = Call(self, op).emit()
         outs = op.outputs
+        if not any(value in self.graph.needs_grad for value in outs):
+            result.meta["constant"] = True
         if len(outs) == 1 and not isinstance(op.node.meta.get("val"), (tuple, list)):
             self.env[outs[0]] = result
         else:

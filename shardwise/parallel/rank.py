@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from shardwise.graph.dims import BATCH
 from shardwise.graph.rules import Value
+from shardwise.parallel.defer import defer_weights
 from shardwise.parallel.hybrid import Micro, Split
 from shardwise.parallel.layout import PARTIAL, WHOLE, Cut, States
 from shardwise.parallel.micro import Early, combine
@@ -226,15 +228,19 @@ class RankModel:
 
     def stages(self) -> list[Stage]:
         """The stages of this rank, for `Pipeline`."""
-        return [
-            Stage(
-                s,
-                lambda m, received, s=s: self.run(s, m, received),  # type: ignore[misc]
-                [self._crossing(v) for v in self.split.crossings(s - 1)] if s else [],
-                [self._crossing(v) for v in self._gives(s)],
-            )
-            for s in self.split.mine
-        ]
+        return [self._stage(s) for s in self.split.mine]
+
+    def _stage(self, s: int) -> Stage:
+        takes = [self._crossing(v) for v in self.split.crossings(s - 1)] if s else []
+        gives = [self._crossing(v) for v in self._gives(s)]
+        stage = Stage(s, partial(self.run, s), takes, gives)
+        received = [c.name for c in takes if c.grad]
+        if received and self.split.plan.schedule == "zero-bubble":
+            names = {v.name: result for result, v in self.split.graph.results.items()}
+            stage.tapes, apart = defer_weights(self.programs[s], received)
+            last = s == self.split.plan.stages - 1
+            stage.apart = frozenset(names.get(name, name) if last else name for name in apart)
+        return stage
 
     def _crossing(self, value: Value) -> Crossing:
         states = self.split.layout.states[value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -167,25 +167,9 @@ def _tie_groups(model: RankModel, shared: Mapping[str, tuple[int, ...]]) -> dict
     made: dict[tuple[int, ...], Any] = {}
     mesh = model.split.mesh
     for ranks in sorted(set(shared.values())):
-        for column in _columns([a.size for a in mesh.axes], mesh.axes.index(axis)):
+        for column in mesh.columns(axis):
             members = [column[r] for r in ranks]
             group = dist.new_group(members, group_desc=axis.name) if dist.is_initialized() else None
             if mesh.rank in members:
                 made[ranks] = group
     return {name: made[ranks] for name, ranks in shared.items() if ranks in made}
-
-
-def _columns(sizes: Sequence[int], index: int) -> list[list[int]]:
-    """For every place on the other axes the ranks along one axis."""
-    stride = 1
-    for size in sizes[index + 1 :]:
-        stride *= size
-    total = stride
-    for size in sizes[: index + 1]:
-        total *= size
-    span = stride * sizes[index]
-    return [
-        [base + inner + k * stride for k in range(sizes[index])]
-        for base in range(0, total, span)
-        for inner in range(stride)
-    ]

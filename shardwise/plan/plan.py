@@ -83,6 +83,16 @@ class Plan:
                 f"{len(self.cuts)} cuts make {stages} stages, which {ranks} pipeline ranks do not divide; "
                 f"give {ranks - 1} cuts, or a multiple of {ranks} less one"
             )
+        if self.zero == 3 and self.schedule == "zero-bubble" and stages > 1:
+            raise PlanError(
+                "schedule zero-bubble takes backward in two halves, and zero 3 would gather every parameter for each; "
+                "use zero 2, or another schedule"
+            )
+        if self.recompute and self.schedule == "zero-bubble" and stages > 1:
+            raise PlanError(
+                "schedule zero-bubble keeps activations from the first half of backward to the second, so recompute "
+                "would save nothing; use another schedule, or no recompute"
+            )
         if self.zero and not self.data:
             raise PlanError(f"zero {self.zero} shards over an axis that splits the batch, but no axis does")
 

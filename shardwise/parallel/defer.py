@@ -1,0 +1,181 @@
+"""Backward in two halves, for zero-bubble schedules: gradients of a stage's inputs now, of its parameters later.
+
+The stage before waits for the gradients of inputs, and nobody waits for those of parameters (Qi et al., "Zero bubble
+pipeline parallelism", 2023). So every operator at which parameters meet what was received runs as a small graph of its
+own. In the first half of backward it gives the gradient of what was received, and a tape notes what is left to do; the
+second half plays the tape. Nothing is computed twice, and what depends on parameters alone is left to the second half
+altogether.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from shardwise.parallel.program import Program, attribute_name
+
+
+@dataclass(frozen=True, eq=False)
+class _Note:
+    """One operator whose second half is to come: gradients of `outs` are there, those of `own` are not."""
+
+    outs: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    own: Sequence[Tensor]
+    learned: Sequence[Tensor]
+
+
+@dataclass(eq=False)
+class Tape:
+    """What the second half of one backward pass has to do."""
+
+    notes: list[_Note] = field(default_factory=list)
+
+    def play(self, roots: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Accumulate the gradients of parameters.
+
+        Args:
+            roots: outputs of the stage that depend on parameters alone.
+            grads: their gradients; None for the loss.
+        """
+        at, given = list(roots), list(grads)
+        for note in self.notes:
+            found = torch.autograd.grad(note.outs, note.own, note.grads, allow_unused=True)
+            for learned, grad in zip(note.learned, found, strict=True):
+                if grad is not None:
+                    at.append(learned)
+                    given.append(grad)
+        self.notes.clear()
+        if at:
+            # All at once: a parameter with several uses is accumulated into, and its hooks are called, once.
+            torch.autograd.backward(at, given)
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Where a program's operators find the tape of the forward pass that is running.
+
+    Attributes:
+        tape: of that pass.
+        targets: the operators that are deferred.
+    """
+
+    tape: Tape = field(default_factory=Tape)
+    targets: list[Callable[..., Any]] = field(default_factory=list)
+
+    def start(self) -> Tape:
+        """A new tape, for one forward pass."""
+        self.tape = Tape()
+        return self.tape
+
+
+class _Deferred(torch.autograd.Function):
+    """An operator as a graph of its own. Parameters are no inputs of it, so the outer graph does not reach them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., Any], tape: Tape, learned: Sequence[Tensor], *received: Tensor
+    ) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            ctx.received = [x.detach().requires_grad_() for x in received]
+            ctx.own = [w.detach().requires_grad_() for w in learned]
+            ctx.outs = run(ctx.received, ctx.own)
+        ctx.tape, ctx.learned = tape, learned
+        ctx.set_materialize_grads(False)
+        found = tuple(out.detach() if isinstance(out, Tensor) else out for out in ctx.outs)
+        constant = (out for out, source in zip(found, ctx.outs, strict=True) if not _differentiable(source))
+        ctx.mark_non_differentiable(*(out for out in constant if isinstance(out, Tensor)))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        pairs = [(o, g) for o, g in zip(ctx.outs, grads, strict=True) if g is not None and _differentiable(o)]
+        outs, given = [o for o, _ in pairs], [g for _, g in pairs]
+        if not outs:
+            return None, None, None, *(None for _ in ctx.received)
+        found = torch.autograd.grad(outs, ctx.received, given, retain_graph=True, allow_unused=True)
+        ctx.tape.notes.append(_Note(outs, given, ctx.own, ctx.learned))
+        return None, None, None, *found
+
+
+def _differentiable(out: Any) -> bool:
+    return isinstance(out, Tensor) and out.requires_grad
+
+
+def deferred(recorder: Recorder, which: int, weights: Sequence[int], *args: Any, **kwargs: Any) -> Any:
+    """Call an operator; its gradients of weights are taken in the second half of backward.
+
+    Args:
+        recorder: has the tape, and the operator.
+        which: the operator's place among those deferred.
+        weights: which of the arguments' leaves depend on parameters alone.
+    """
+    target = recorder.targets[which]
+    leaves, tree = tree_flatten((args, kwargs))
+    learned = [i for i in weights if _differentiable(leaves[i])]
+    received = [i for i, leaf in enumerate(leaves) if _differentiable(leaf) and i not in learned]
+    if not learned or not received or not torch.is_grad_enabled():
+        return target(*args, **kwargs)
+    several = True
+
+    def run(new_received: Sequence[Tensor], new_learned: Sequence[Tensor]) -> tuple[Any, ...]:
+        nonlocal several
+        replaced = list(leaves)
+        for i, leaf in zip([*received, *learned], [*new_received, *new_learned], strict=True):
+            replaced[i] = leaf
+        new_args, new_kwargs = tree_unflatten(replaced, tree)
+        found = target(*new_args, **new_kwargs)
+        several = isinstance(found, (tuple, list))
+        return tuple(found) if several else (found,)
+
+    apply: Any = _Deferred.apply
+    outs = apply(run, recorder.tape, [leaves[i] for i in learned], *(leaves[i] for i in received))
+    return outs if several else outs[0]
+
+
+def defer_weights(program: Program, received: Collection[str]) -> tuple[Recorder, frozenset[str]]:
+    """Rewrite a program so that its backward comes in two halves.
+
+    Args:
+        program: of one stage; changed in place.
+        received: names of the inputs that gradients are sent back for.
+
+    Returns:
+        Where to find tapes, and the names of the outputs that depend on parameters alone.
+    """
+    graph = program.module.graph
+    recorder = Recorder()
+    program.module.tapes = recorder  # type: ignore[assignment]
+    inputs = [n for n in graph.nodes if n.op == "placeholder"][4:]
+    flows = {node for node, name in zip(inputs, program.inputs, strict=True) if name in received}
+    params = {attribute_name(name) for name in program.params}
+    learned: set[fx.Node] = set()
+    holder = None
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.target in params:
+            learned.add(node)
+        if node.op != "call_function" or node.meta.get("constant"):
+            continue
+        sources = set(node.all_input_nodes)
+        if not sources & flows:
+            if sources & learned:
+                learned.add(node)
+            continue
+        flows.add(node)
+        if sources & learned:
+            if holder is None:
+                with graph.inserting_before(node):
+                    holder = graph.get_attr("tapes")
+            leaves, _ = tree_flatten((node.args, node.kwargs))
+            weights = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in learned)
+            node.args = (holder, len(recorder.targets), weights, *node.args)
+            recorder.targets.append(node.target)
+            node.target = deferred
+    program.module.recompile()
+    results: Any = graph.output_node().args[0]
+    return recorder, frozenset(n for n, node in zip(program.outputs, results, strict=True) if node in learned)

@@ -1,7 +1,7 @@
 """One device's run of a job, by the user's own module and torch's own autograd: what every split is compared with.
 
-Two things differ from a plain loop, and only where the job asks for them: dropout draws its masks as the captured graph
-does, and in a float64 proof no operator may fall back to float32.
+Two things differ from a plain loop, and only where the job asks for them: random numbers are drawn as the captured
+graph draws them, and in a float64 proof no operator may fall back to float32.
 """
 
 from __future__ import annotations
@@ -53,19 +53,74 @@ class Lifted(TorchDispatchMode):
         return func(*[lift(a) for a in args], **{k: lift(v) for k, v in (kwargs or {}).items()})
 
 
-class PlacedDropout(TorchFunctionMode):
-    """Dropout whose masks are functions of seed, step, operator and position, as in the captured graph."""
+class Numbers:
+    """Random numbers of one step that are functions of seed, step, operator and position, as in the captured graph."""
 
-    def __init__(self, key: int) -> None:
+    def __init__(self, seed: int, step: int) -> None:
+        self._key = random.stream(seed, step, 0)
+        self._count = 0
+
+    def next(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
+        """The positions of a tensor, and the key of the operator that comes."""
+        self._count += 1
+        return random.positions(shape, None, shape, device), random.stream(self._key, 0, self._count - 1)
+
+
+class PlacedDraws(TorchDispatchMode):
+    """Operators that draw random numbers fill their result with placed ones, of `dtype` where they name none."""
+
+    def __init__(self, numbers: Numbers, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._numbers, self._dtype = numbers, dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = func._schema.name.removeprefix("aten::").removesuffix("_").removesuffix("_like")
+        if kind not in ("rand", "uniform", "randn", "normal", "bernoulli", "exponential", "randint"):
+            return func(*args, **(kwargs or {}))
+        given = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+        given |= {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        if "self" not in given and given.get("dtype", self._dtype) is None:
+            kwargs = {**(kwargs or {}), "dtype": self._dtype}
+        chance = given["self"].clone() if kind == "bernoulli" and "p" not in given else given.get("p")
+        out = func(*args, **(kwargs or {}))
+        at, key = self._numbers.next(out.shape, out.device)
+        wide = torch.float64 if kind == "randint" else out.dtype
+        if kind in ("randn", "normal"):
+            drawn = random.normal_at(at, key, wide) * given.get("std", 1.0) + given.get("mean", 0.0)
+        else:
+            drawn = random.uniform_at(at, key, wide)
+        if kind == "uniform":
+            drawn = drawn * (given["to"] - given["from"]) + given["from"]
+        elif kind == "bernoulli":
+            drawn = drawn < chance
+        elif kind == "exponential":
+            drawn = -torch.log(1 - drawn) / given["lambd"]
+        elif kind == "randint":
+            drawn = torch.floor(drawn * (given["high"] - given.get("low", 0))) + given.get("low", 0)
+        return out.copy_(drawn)
+
+
+class LiftedConstants(TorchFunctionMode):
+    """Tensors made of numbers get `dtype` in place of another floating-point dtype, where dispatch is too late to."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.key = key
-        self.count = 0
+        self._to = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        return made.to(self._to) if func in (torch.tensor, torch.as_tensor) and made.is_floating_point() else made
+
+
+class PlacedDropout(TorchFunctionMode):
+    """Dropout whose masks are placed."""
+
+    def __init__(self, numbers: Numbers) -> None:
+        super().__init__()
+        self._numbers = numbers
 
     def _drop(self, x: Tensor, p: float) -> Tensor:
-        op = self.count
-        self.count += 1
-        at = random.positions(x.shape, None, x.shape, x.device)
-        return random.dropout_at(x, p, at, random.stream(self.key, 0, op))
+        return random.dropout_at(x, p, *self._numbers.next(x.shape, x.device))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -129,7 +184,8 @@ def run_reference(
     trace = Trace()
     named = list(module.named_parameters())
     for step, batch in enumerate(cast):
-        with Lifted(dtype), PlacedDropout(random.stream(job.seed, step, 0)):
+        numbers = Numbers(job.seed, step)
+        with Lifted(dtype), PlacedDraws(numbers, dtype), PlacedDropout(numbers):
             loss = wrapper(*batch_tensors(batch))
         loss.backward()
         grads = {n: p.grad.detach().clone() for n, p in named if p.grad is not None}

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from shardwise.graph.capture import Captured, capture, is_getitem
 from shardwise.graph.dims import BATCH, ONE, Dim, Size
-from shardwise.graph.normalize import arguments
+from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import RULES, Letter, OpContext, Operand, Slot, Value, operator_name
 from shardwise.job import Batch, Job
 

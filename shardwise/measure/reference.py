@@ -39,7 +39,7 @@ class Trace:
 
 
 class Lifted(TorchDispatchMode):
-    """Operators that name a floating-point dtype get `dtype` in its place."""
+    """Operators that name a floating-point dtype, or read a tensor of one, get `dtype` in its place."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -47,8 +47,15 @@ class Lifted(TorchDispatchMode):
         self._to = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Constants that the model makes in a dtype of its own are lifted where they are read.
+        reads = not func._schema.is_mutable
+
         def lift(x: Any) -> Any:
-            return self._to if isinstance(x, torch.dtype) and x in self._from else x
+            if isinstance(x, torch.dtype) and x in self._from:
+                return self._to
+            if reads and isinstance(x, Tensor) and x.dtype in self._from:
+                return x.to(self._to)
+            return x
 
         return func(*[lift(a) for a in args], **{k: lift(v) for k, v in (kwargs or {}).items()})
 
@@ -98,18 +105,6 @@ class PlacedDraws(TorchDispatchMode):
         elif kind == "randint":
             drawn = torch.floor(drawn * (given["high"] - given.get("low", 0))) + given.get("low", 0)
         return out.copy_(drawn)
-
-
-class LiftedConstants(TorchFunctionMode):
-    """Tensors made of numbers get `dtype` in place of another floating-point dtype, where dispatch is too late to."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._to = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        return made.to(self._to) if func in (torch.tensor, torch.as_tensor) and made.is_floating_point() else made
 
 
 class PlacedDropout(TorchFunctionMode):

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.out is not None:
             given.out.write_text(page(found, given.steps), encoding="utf-8")
     failed = [name for name, by_ranks in found.items() if any(map(failing, by_ranks.values()))]
-    print(f"{len(found) - len(failed)} of {len(found)} models pass" + (f"; failing: {', '.join(failed)}" if failed else ""))
+    print(f"{len(found) - len(failed)} of {len(found)} models pass{'; failing: ' * bool(failed)}{', '.join(failed)}")
     return 1 if failed else 0
 
 

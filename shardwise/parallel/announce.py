@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
+from shardwise.graph.saved import saved
 from shardwise.parallel.hybrid import Micro
 from shardwise.parallel.mesh import Recorder, Traffic
 from shardwise.parallel.program import Program
@@ -15,13 +15,6 @@ from shardwise.parallel.rank import RankModel
 from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket
-
-_KEEPS_NOTHING = {"aten.add", "aten.sub", "aten.embedding", "aten.view", "aten.expand", "aten.slice", "aten.cat"}
-"""Operators whose backward does not need the parameter they are given."""
-_VIEWS = {
-    "aten.view", "aten.expand", "aten.slice", "aten.transpose", "aten.permute", "aten.unsqueeze", "aten.t",
-    "aten.reshape", "aten.select",
-}  # fmt: skip
 
 
 def announce(reduction: Reduction, total: int) -> list[Traffic]:
@@ -83,13 +76,15 @@ def _crossings(recorder: Recorder, model: RankModel, stage: int, micro: Micro) -
 
 def _sharded(recorder: Recorder, model: RankModel, buckets: Sequence[FlatBucket], micros: int) -> None:
     graph, zero = model.split.graph, model.split.plan.zero
+    # What backward needs of a parameter it gathers again.
+    needed = {v for kept in saved(graph).values() for v in kept.values} if zero == 3 else set()
     for bucket in buckets:
         size = bucket.shard.element_size()
         rounds = 1
         if zero == 3:
             users = [s for s in model.programs if set(bucket.names) & set(model.split.stage_params(s))]
             rounds = micros * len(users)
-            again = any(kept(graph, name) for name in bucket.names)
+            again = any(graph.params[name] in needed for name in bucket.names)
             for _ in range(rounds * (2 if again else 1)):
                 recorder.add("all_gather", bucket.axis.name, bucket.part * size)
         else:
@@ -98,26 +93,6 @@ def _sharded(recorder: Recorder, model: RankModel, buckets: Sequence[FlatBucket]
             recorder.add("reduce_scatter", bucket.axis.name, bucket.length * size)
             for axis in bucket.also:
                 recorder.add("all_reduce", axis.name, bucket.part * size)
-
-
-def kept(graph: Graph, name: str) -> bool:
-    """Whether backward needs the value of a parameter."""
-    value = graph.params[name]
-    return any(_keeps(graph, op, value) for op in graph.ops if value in op.inputs)
-
-
-def _keeps(graph: Graph, op: Op, value: Value) -> bool:
-    if op.name in _KEEPS_NOTHING:
-        # A view of it may be kept further on.
-        return op.name in _VIEWS and _later_keeps(graph, op.outputs[0])
-    if op.name in _VIEWS:
-        return _later_keeps(graph, op.outputs[0])
-    others = [v for v in op.inputs if v is not value]
-    return "norm" in op.name or "lstm" in op.name or "gru" in op.name or any(v in graph.needs_grad for v in others)
-
-
-def _later_keeps(graph: Graph, value: Value) -> bool:
-    return any(_keeps(graph, user, value) for user in graph.ops if value in user.inputs)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.graph.capture import LossModule
 from shardwise.graph.dims import BATCH
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Letter, Value
 from shardwise.job import Job, batch_tensors, map_batch
 from shardwise.parallel.collectives import merge_view, split_view, take
-from shardwise.parallel.layout import PARTIAL, VARIES, Choice, Cut, Layout, SplitAxis, State
+from shardwise.parallel.layout import PARTIAL, VARIES, Cut, Layout, SplitAxis, State
 from shardwise.parallel.lower import chunk
 from shardwise.parallel.mesh import Axis, Recorder
 from shardwise.parallel.program import Emitter, attribute_name
@@ -42,17 +41,15 @@ class Whole:
         batch = map_batch(job.batch(range(samples)), lambda t: t.double() if t.is_floating_point() else t)
         self.samples = samples
         self.graph = Graph.of(job, module, batch)
+        self.layout = Layout(self.graph, [])
         captured = self.graph.captured
         tensors = dict(zip(captured.inputs, batch_tensors(batch), strict=True))
         with torch.no_grad():
             self.values = self._run(module, tensors)
-        self.names = {v: n for n, values in self.graph.values.items() for v in values}
-        assert isinstance(LossModule(module, job, batch), torch.nn.Module)
 
     def _run(self, module: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[Value, Tensor]:
         graph = self.graph
-        layout = Layout(graph, [])
-        emitter = Emitter(graph, layout, [], CPU, dtypes={torch.float32: torch.float64})
+        emitter = Emitter(graph, self.layout, [], CPU, dtypes={torch.float32: torch.float64})
         made = [(v, ()) for op in graph.ops for v in op.outputs if v.numel().at(2)]
         program = emitter.build(graph.ops, made)
         named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -73,10 +70,12 @@ class Whole:
         return values
 
 
-def letters(graph: Graph, parts: int) -> Iterator[tuple[Op, Letter]]:
-    """Every letter that can be cut into `parts`, once for operators that are alike."""
+def letters(graph: Graph, parts: int, module: str = "") -> Iterator[tuple[Op, Letter]]:
+    """Every letter of a module's operators that can be cut into `parts`, once for operators that are alike."""
     seen = set()
     for op in graph.ops:
+        if module and op.module != module:
+            continue
         shapes = tuple(tuple(v.sizes) for v in [*op.inputs, *op.outputs])
         plain = str([a for a in op.node.args if not hasattr(a, "op")])
         for letter in op.letters:
@@ -93,15 +92,15 @@ def _divides(letter: Letter, parts: int) -> bool:
 class _Only(Layout):
     """The layout in which one operator splits one letter, and nothing else splits anything."""
 
-    def __init__(self, graph: Graph, op: Op, letter: Letter, parts: int) -> None:
-        self.op, self.letter = op, letter
-        super().__init__(graph, [SplitAxis("axis", parts, (letter.dim.name,))])
+    def __init__(self, whole: Layout, op: Op, letter: Letter, parts: int) -> None:
+        self.__dict__.update(whole.__dict__)
+        self.letter = letter
+        self.axes = (SplitAxis("axis", parts, (letter.dim.name,)),)
+        self.choices, self.states = {}, {}
+        self._place(op)
 
     def _pick(self, op: Op, axis: SplitAxis, cut_by: Any) -> Letter | None:
-        return self.letter if op is self.op else None
-
-    def _passes(self, op: Op, axis: int) -> frozenset[Any]:
-        return Choice().passes
+        return self.letter
 
 
 def check(whole: Whole, op: Op, letter: Letter, parts: int) -> None:
@@ -111,7 +110,7 @@ def check(whole: Whole, op: Op, letter: Letter, parts: int) -> None:
         AssertionError: something differs.
     """
     graph, samples = whole.graph, whole.samples
-    layout = _Only(graph, op, letter, parts)
+    layout = _Only(whole.layout, op, letter, parts)
     needs: dict[Value, State] = {}
     for operand in op.context.inputs:
         state = layout.needs(op, operand.slot)[0]
@@ -145,7 +144,7 @@ def check(whole: Whole, op: Op, letter: Letter, parts: int) -> None:
         zero = {v: torch.zeros_like(tensors[v.name]) for v in wanted}
         return list(found), {v: zero[v] if g is None else g for v, g in zip(wanted, grads, strict=True)}
 
-    true, true_grads = run(Layout(graph, []), None)
+    true, true_grads = run(whole.layout, None)
     ranks = [run(layout, axis) for axis in axes]
     what = f"{op.name} ({op.id}) split on {letter.dim.name} at {letter.places}"
     for i, value in enumerate(outs):

@@ -303,7 +303,8 @@ def _write(path: Path, text: str) -> None:
 
 def _ranked_dict(found: Any) -> dict[str, object]:
     plan = json.loads(found.plan.to_json())
-    return {"strategy": found.strategy, "plan": plan, "seconds": found.seconds, "reason": found.reason, "terms": dict(found.terms)}
+    terms = dict(found.terms)
+    return {"strategy": found.strategy, "plan": plan, "seconds": found.seconds, "reason": found.reason, "terms": terms}
 
 
 def _row_dict(row: Any) -> dict[str, Any]:

@@ -34,8 +34,8 @@ _LEARNING_RATE = 0.01  # of the plain SGD of proofs in float32
 class Row:
     """What one strategy's run showed. An error is the largest over tensors and steps of ‖a−b‖ / max(‖b‖, 1e-6·‖all‖).
 
-    A parameter whose true gradient is zero moves by rounding noise that an optimizer such as Adam makes large; its error
-    is relative to ‖all‖.
+    A parameter whose true gradient is zero moves by rounding noise, which an optimizer such as Adam makes large; its
+    error is relative to ‖all‖.
 
     Attributes:
         strategy: its name.

@@ -209,7 +209,14 @@ def _verify(arguments: argparse.Namespace) -> Answer:
 
     job = _job(arguments)
     dtype = {"float64": torch.float64, "float32": torch.float32}[arguments.dtype]
-    rows = verify(job, _ranks(arguments), strategies=arguments.strategies, dtype=dtype, steps=arguments.steps)
+    rows = verify(
+        job,
+        _ranks(arguments),
+        strategies=arguments.strategies,
+        dtype=dtype,
+        steps=arguments.steps,
+        spec=arguments.spec,
+    )
     found = [_row_dict(row) for row in rows]
     print(proof_table(found))
     failed = [row["strategy"] for row in found if row["applicable"] and not row["passed"]]

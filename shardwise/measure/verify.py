@@ -16,7 +16,7 @@ from shardwise.engine.engine import Engine
 from shardwise.engine.launch import Place, Ranks, joined
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
-from shardwise.job import Batch, Job
+from shardwise.job import Batch, Job, load_spec
 from shardwise.measure.reference import Trace, run_reference
 from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import Traffic
@@ -72,6 +72,7 @@ def verify(
     dtype: torch.dtype = torch.float64,
     steps: int = 3,
     plans: Mapping[str, Plan] | None = None,
+    spec: str | None = None,
     timeout: float = 600.0,
 ) -> list[Row]:
     """Runs a job on one device and by every strategy on local ranks, and compares.
@@ -86,6 +87,7 @@ def verify(
         dtype: torch.float64 or torch.float32.
         steps: updates to make.
         plans: more plans to look at, by the name that their row gets.
+        spec: where given, each rank loads the job from this SPEC, with the operators and rules that its file registers.
         timeout: seconds that each strategy may take.
 
     Raises:
@@ -99,7 +101,7 @@ def verify(
     with ExitStack() as stack:
         try:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardwise-")))
-            task, note = _on_one_device(job, dtype, steps, folder)
+            task, note = _on_one_device(job, dtype, steps, folder, spec)
         except OSError as error:
             message = f"the run on one device cannot be kept: {error.strerror}; set TMPDIR to another disk"
             raise LaunchError(message) from error
@@ -139,19 +141,30 @@ def relative(found: Tensor, true: Tensor, scale: float) -> float:
 
 @dataclass(frozen=True)
 class _Task:
-    """What every rank is told: the job in its dtype, its plan, and where the run on one device is kept."""
+    """What every rank is told: the job, or its SPEC and settings, its dtype, and where the run on one device is."""
 
-    job: Job
+    job: Job | None
+    spec: str | None
+    settings: dict[str, Any]
     dtype: torch.dtype
     steps: int
     kept: Path
+
+    def loaded(self) -> Job:
+        """The job as the proof takes its steps, read from the SPEC where there is one."""
+        if self.spec is None:
+            assert self.job is not None
+            return _steady(self.job, self.dtype)
+        return _steady(load_spec(self.spec).with_(**self.settings), self.dtype)
 
 
 def _candidates(job: Job, ranks: int, wanted: Sequence[str]) -> list[Candidate]:
     return [c for c in strategies(job, ranks) if c.strategy in wanted]
 
 
-def _on_one_device(job: Job, dtype: torch.dtype, steps: int, folder: Path) -> tuple[_Task, str]:
+def _on_one_device(
+    job: Job, dtype: torch.dtype, steps: int, folder: Path, spec: str | None
+) -> tuple[_Task, str]:
     """Runs the job as it is, and keeps what it computed; with a note where it ran in another dtype."""
     batches = first_batches(job, steps)
     note = ""
@@ -167,7 +180,8 @@ def _on_one_device(job: Job, dtype: torch.dtype, steps: int, folder: Path) -> tu
             raise ProofError(f"{job.title()} does not run on one device: {_line(again)}") from again
     kept = folder / "one-device.pt"
     torch.save(trace.__dict__, kept)
-    return _Task(_steady(job, dtype), dtype, steps, kept), note
+    settings = {key: getattr(job, key) for key in ("global_batch", "precision", "clip_norm", "seed", "name")}
+    return _Task(None if spec else job, spec, settings, dtype, steps, kept), note
 
 
 def _steady(job: Job, dtype: torch.dtype) -> Job:
@@ -241,10 +255,11 @@ def _compare(task: _Task, plans: Sequence[Plan]) -> list[_Found | str]:
     """On a rank: each plan's run against that of the one device; a message where the plan does not fit the job."""
     graph: Graph | None = None
     found: list[_Found | str] = []
+    job = task.loaded()
     with joined() as place:
         for plan in plans:
             try:
-                engine = Engine(task.job, plan, dtype=task.dtype, module=task.job.build(), graph=graph)
+                engine = Engine(job, plan, dtype=task.dtype, module=job.build(), graph=graph)
             except PlanError as error:
                 found.append(str(error))
                 continue
@@ -258,7 +273,7 @@ def _compare_one(task: _Task, engine: Engine, place: Place) -> _Found:
     norms: list[float] = []
     grads: list[dict[str, Tensor]] = []
     recorded: list[Traffic] = []
-    for batch in first_batches(task.job, task.steps):
+    for batch in first_batches(engine.job, task.steps):
         seen = Collectives()
         with seen:
             losses.append(engine.forward_backward(batch))
@@ -269,7 +284,7 @@ def _compare_one(task: _Task, engine: Engine, place: Place) -> _Found:
             engine.update()
         recorded = _joined(recorded, seen.take())
         norms.append(engine.grad_norm or 0.0)
-    announced = engine.announced(task.job.global_batch)
+    announced = engine.announced(engine.job.global_batch)
     state = engine.state_dict()
     if place.rank:
         return _Found(0.0, 0.0, 0.0, "", announced, recorded)

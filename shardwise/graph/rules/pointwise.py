@@ -80,8 +80,9 @@ def glu(c: OpContext) -> None:
 
 @rule("aten.broadcast_tensors")
 def broadcast_tensors(c: OpContext) -> None:
-    for x, out in zip(c.inputs, c.outputs, strict=True):
-        c.elementwise([x], out)
+    for out in c.outputs:
+        c.elementwise(c.inputs, out)
+        c.same(c.outputs[0], out)
 
 
 @rules(["full_like", "zeros_like", "ones_like", "empty_like"])

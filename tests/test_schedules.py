@@ -1,0 +1,115 @@
+"""Pipeline schedules: none waits for ever, and zero-bubble leaves the gradients of parameters to the second half."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import product
+
+import pytest
+import torch
+
+from shardwise.errors import PlanError
+from shardwise.parallel.defer import Tape
+from shardwise.parallel.pipeline import Pipeline
+from shardwise.parallel.schedule import Action, actions, check, orders
+from shardwise.plan.plan import SCHEDULES, Plan
+from tests.conftest import Pool, compare, cuts, data, pipeline
+from tests.zoo import ZOO
+
+SIZES = [
+    (schedule, ranks, each, micro)
+    for schedule, ranks, each, micro in product(SCHEDULES, (2, 3, 4), (1, 2, 3), (1, 2, 3, 4, 5, 6, 8))
+]
+
+
+def test_every_schedule_ends_or_is_refused() -> None:
+    """Also where there are fewer micro-batches than stages."""
+    ended, refused = 0, {}
+    for schedule, ranks, each, micro in SIZES:
+        try:
+            order = orders(schedule, ranks, ranks * each, micro)
+        except PlanError as error:
+            refused[schedule, each] = str(error)
+            continue
+        assert check(order, ranks * each, micro) == "", (schedule, ranks, each, micro)
+        ended += 1
+    assert ended > len(SIZES) // 2
+    assert all("multiple" in message or (schedule == "1f1b" and each > 1) for (schedule, each), message in refused.items())
+
+
+def test_a_rank_that_waits_for_ever_is_named() -> None:
+    first = [Action(0, "F", 0), Action(0, "B", 0), Action(0, "F", 1), Action(0, "B", 1)]
+    second = [Action(1, "F", 0), Action(1, "F", 1), Action(1, "B", 0), Action(1, "B", 1)]
+    assert check([first, second], 2, 2) == "rank 0 waits at 0B0, rank 1 waits at 1F1"
+
+
+@pytest.mark.parametrize("kind", ["F", "B"])
+def test_micro_batches_out_of_order_are_found(kind: str) -> None:
+    """Channels without tags tell the tensors of two micro-batches apart by their order alone."""
+    order = orders("gpipe", 2, 2, 3)
+    at = [i for i, a in enumerate(order[1]) if a.kind == kind]
+    order[1][at[0]], order[1][at[1]] = order[1][at[1]], order[1][at[0]]
+    assert check(order, 2, 3).startswith("stage 1 takes micro-batches [1, 0, 2]")
+
+
+def test_a_stuck_schedule_is_a_plan_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardwise.parallel.schedule.check", lambda *given: "rank 1 waits at 1F1")
+    with pytest.raises(PlanError, match="cannot run 2 micro-batches through 2 stages on 2 ranks: rank 1 waits"):
+        actions("gpipe", 0, 2, 2, 2)
+
+
+@pytest.mark.parametrize("change", [{"zero": 3}, {"recompute": ("*",)}])
+def test_zero_bubble_refuses_what_it_would_undo(change: dict[str, object]) -> None:
+    plan = Plan((pipeline(), data()), ("linear.1",), micro_batches=2)
+    with pytest.raises(PlanError, match="zero-bubble"):
+        plan.with_(schedule="zero-bubble", **change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "stages", "micro"),
+    [("zero-bubble", 2, 4), ("zero-bubble", 4, 1), ("interleaved", 4, 1), ("gpipe", 4, 2), ("1f1b", 2, 1)],
+)
+@pytest.mark.parametrize("name", ["t5", "skip_regressor"])
+def test_schedules_compute_what_one_device_does(pool: Pool, name: str, schedule: str, stages: int, micro: int) -> None:
+    job = ZOO[name]()
+    plan = Plan((pipeline(),), cuts(job, stages), micro_batches=micro, schedule=schedule)
+    for found in pool(2).run(compare, job, plan):
+        assert found.worst < 1e-12, found
+
+
+def halves(name: str, plan: Plan) -> list[tuple[str, int]]:
+    """What each half of backward changed on this rank: its kind and how many parameters got another gradient."""
+    from shardwise.engine.engine import parallelize
+
+    warnings.simplefilter("ignore")
+    job = ZOO[name]()
+    engine = parallelize(job, plan, dtype=torch.float64)
+    params = list(engine.model.params.values())
+    seen: list[tuple[str, int]] = []
+
+    def versions() -> list[object]:
+        return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in params]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for label, owner, method in [("input", Pipeline, "_backward"), ("weight", Tape, "play")]:
+            plain = getattr(owner, method)
+
+            def watched(*given: object, _plain: object = plain, _label: str = label, **more: object) -> None:
+                before = versions()
+                _plain(*given, **more)  # type: ignore[operator]
+                seen.append((_label, sum(a != b for a, b in zip(before, versions(), strict=True))))
+
+            patch.setattr(owner, method, watched)
+        engine.forward_backward(job.batch(range(job.global_batch)))
+    return [*seen, ("all", len(params))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tied_lm", "lstm_tagger"])
+def test_zero_bubble_defers_every_gradient_of_parameters(pool: Pool, name: str) -> None:
+    plan = Plan((pipeline(),), cuts(ZOO[name](), 2), micro_batches=4, schedule="zero-bubble")
+    for seen in pool(2).run(halves, name, plan):
+        count = dict(seen)["all"]
+        assert [changed for half, changed in seen if half == "input"] == [0] * 4
+        assert [changed for half, changed in seen if half == "weight"] == [count] * 4

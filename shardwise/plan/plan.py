@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -68,8 +69,12 @@ class Plan:
         self._one_of("precision", ("fp32", "bf16"))
         if self.zero not in (0, 1, 2, 3):
             raise PlanError(f"zero must be 0, 1, 2 or 3, but is {self.zero!r}")
-        if not isinstance(self.micro_batches, int) or self.micro_batches < 1:
-            raise PlanError(f"micro-batches must be a whole number of at least 1, but is {self.micro_batches!r}")
+        for name, number in (("micro-batches", self.micro_batches), ("bucket-bytes", self.bucket_bytes)):
+            if not isinstance(number, int) or number < 1:
+                raise PlanError(f"{name} must be a whole number of at least 1, but is {number!r}")
+        for word in (*(w for axis in self.axes for w in (axis.name, *axis.dims)), *self.cuts, *self.recompute):
+            if not word or word != "".join(word.split()) or word.startswith("#"):
+                raise PlanError(f"names must be words, but {word!r} has a space or is empty or a comment; rename it")
         seen: set[str] = set()
         for axis in self.axes:
             if not isinstance(axis.size, int) or axis.size < 1:
@@ -162,7 +167,7 @@ class Plan:
         """
         if text.lstrip().startswith("{"):
             return cls.from_json(text)
-        lines = [(n, line.split("#")[0].split()) for n, line in enumerate(text.splitlines(), 1)]
+        lines = [(n, _COMMENT.sub("", line).split()) for n, line in enumerate(text.splitlines(), 1)]
         lines = [(n, words) for n, words in lines if words]
         if not lines or lines[0][1] != ["shardwise", "plan", "1"]:
             raise PlanError("line 1 must be 'shardwise plan 1'")
@@ -195,7 +200,11 @@ class Plan:
             axes = tuple(PlanAxis(a["name"], a["size"], tuple(a.get("dims", ()))) for a in data.get("axes", ()))
         except (KeyError, TypeError) as error:
             raise PlanError("an axis must be {name, size, dims}") from error
-        tuples = {k: tuple(data[k]) for k in ("cuts", "recompute") if k in data}
+        lists = {k: data[k] for k in ("cuts", "recompute") if k in data}
+        for key, words in lists.items():
+            if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+                raise PlanError(f"{key} must be a list of words, but is {words!r}")
+        tuples = {k: tuple(words) for k, words in lists.items()}
         return cls(**{**data, **tuples, "axes": axes})
 
     def difference(self, other: Plan) -> list[str]:
@@ -230,6 +239,7 @@ _KEYS = {
     "bucket-bytes": "bucket_bytes",
 }
 _NUMBERS = {"micro-batches", "zero", "bucket-bytes"}
+_COMMENT = re.compile(r"(^|\s)#.*")  # a dim's name may have a # inside
 
 
 def _read_line(n: int, words: list[str], given: dict[str, Any]) -> None:

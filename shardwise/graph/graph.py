@@ -113,9 +113,9 @@ class Graph:
 
     @cached_property
     def params(self) -> Mapping[str, Value]:
-        """Parameter name to its tensor."""
+        """Parameter name to its tensor, for those that the loss depends on."""
         return {
-            self.captured.params[n.name]: v[0] for n, v in self.values.items() if n.name in self.captured.params
+            self.captured.params[n.name]: v[0] for n, v in self.values.items() if n.name in self.captured.params and n.users
         }
 
     @cached_property

@@ -114,9 +114,8 @@ class Graph:
     @cached_property
     def params(self) -> Mapping[str, Value]:
         """Parameter name to its tensor, for those that the loss depends on."""
-        return {
-            self.captured.params[n.name]: v[0] for n, v in self.values.items() if n.name in self.captured.params and n.users
-        }
+        names = self.captured.params
+        return {names[n.name]: v[0] for n, v in self.values.items() if n.name in names and n.users}
 
     @cached_property
     def producer(self) -> Mapping[Value, Op]:

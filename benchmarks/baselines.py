@@ -209,7 +209,11 @@ class Sendable(nn.Module):
         return y
 
 
-def pipeline(job: Job, workload: str, micro_batches: int = 4) -> Baseline:
+MICRO_BATCHES = 4
+"""Of a global batch in the pipeline, on both sides."""
+
+
+def pipeline(job: Job, workload: str) -> Baseline:
     """torch.distributed.pipelining, 1F1B, equally many layers in each stage."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -222,7 +226,7 @@ def pipeline(job: Job, workload: str, micro_batches: int = 4) -> Baseline:
     assert job.loss is not None
     loss_of = job.loss
     stage = PipelineStage(part, rank, ranks, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, micro_batches, loss_fn=lambda out, y: loss_of(out, (None, y)))
+    schedule = Schedule1F1B(stage, MICRO_BATCHES, loss_fn=lambda out, y: loss_of(out, (None, y)))
     optimizer = job.optimizer(part.parameters())
 
     def step(batch: Any) -> float:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.baselines import BASELINES, NoBaseline
-from benchmarks.ways import plan_of
+from benchmarks.ways import NoPlan, plan_of
 from benchmarks.workloads import WORKLOADS
 from shardwise.engine.engine import parallelize
 from shardwise.engine.launch import Ranks
@@ -238,7 +238,7 @@ def main() -> None:
 def _compare(workload: str, strategy: str, rounds: int) -> dict[str, Any] | str:
     try:
         return compare(workload, strategy, rounds)
-    except NoBaseline as reason:
+    except (NoBaseline, NoPlan) as reason:
         return str(reason)
 
 

@@ -1,37 +1,29 @@
-"""Shardwise's side of each ratio: the plan of a strategy for a workload."""
+"""Shardwise's side of each ratio: the plan that the planner makes of a strategy for a workload."""
 
 from __future__ import annotations
 
-from shardwise.graph.graph import Graph
+from benchmarks.baselines import MICRO_BATCHES
 from shardwise.job import Job
-from shardwise.plan.plan import Plan, PlanAxis
-
-MICRO_BATCHES = 4
-TENSOR = ("heads*", "width@*.*", "vocab*", "channels*", "experts*", "classes*")
+from shardwise.plan.plan import Plan
+from shardwise.search.strategies import strategies
 
 
-def plan_of(strategy: str, job: Job) -> Plan:
-    """The plan that is timed."""
-    batch = PlanAxis("data", 2, ("batch",))
+class NoPlan(Exception):
+    """The strategy cannot split this workload; the message says why."""
+
+
+def plan_of(strategy: str, job: Job, ranks: int = 2) -> Plan:
+    """The plan that is timed.
+
+    Raises:
+        NoPlan: the strategy does not apply.
+    """
     if strategy == "one":
         return Plan()
-    if strategy == "data":
-        return Plan((batch,))
-    if strategy == "sharded":
-        return Plan((batch,), zero=3)
-    if strategy == "tensor":
-        return Plan((PlanAxis("tensor", 2, TENSOR),))
-    return Plan((PlanAxis("pipeline", 2),), (halfway(job),), micro_batches=MICRO_BATCHES, batch_norm="per-micro-batch")
-
-
-def halfway(job: Job) -> str:
-    """The operator at which half of the work is done."""
-    graph = Graph.of(job)
-    learned = [op for op in graph.ops if any(v in graph.learned for v in op.outputs)]
-    work = [op.context.work.at(job.global_batch) for op in learned]
-    done, best, at = 0, sum(work), learned[-1]
-    for before, op in zip(work, learned[1:], strict=False):
-        done += before
-        if abs(sum(work) - 2 * done) < best:
-            best, at = abs(sum(work) - 2 * done), op
-    return at.id
+    found = next(c for c in strategies(job, ranks) if c.strategy == strategy)
+    if found.plan is None:
+        raise NoPlan(found.reason)
+    if strategy == "pipeline":
+        # As torch's pipeline: batch statistics are of each micro-batch.
+        return found.plan.with_(micro_batches=MICRO_BATCHES, batch_norm="per-micro-batch")
+    return found.plan

@@ -36,7 +36,8 @@ class Block(nn.Module):
         q, k, v = (w(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        wide: Tensor = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + wide
 
 
 class ByteLM(nn.Module):
@@ -52,7 +53,8 @@ class ByteLM(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return self.head(self.norm(self.blocks(self.embed(ids) + self.place(positions))))
+        logits: Tensor = self.head(self.norm(self.blocks(self.embed(ids) + self.place(positions))))
+        return logits
 
 
 class Text(Dataset[dict[str, Tensor]]):

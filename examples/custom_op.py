@@ -1,9 +1,13 @@
 """A custom operator, and the rule that lets Shardwise split it: `shardwise verify examples/custom_op.py:job --ranks 2`.
 
-Without the rule everything still runs right: an operator that is not known runs whole on every rank.
+Without the rule everything still computes the same: an operator that is not known runs whole on every rank. The
+operator and its rule are registered where this file is imported, so every rank has to import it: name the job by this
+SPEC, or keep the operator in a module of your own.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,35 +24,25 @@ def squared_relu(x: Tensor, scale: float) -> Tensor:
 
 
 @squared_relu.register_fake
-def _(x: Tensor, scale: float) -> Tensor:
+def _of_the_same_shape(x: Tensor, scale: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("example::squared_relu_backward", mutates_args=())
-def squared_relu_backward(grad: Tensor, x: Tensor, scale: float) -> Tensor:
-    """Its gradient: 2 · scale · relu(x) · grad."""
-    return 2 * scale * x.clamp(min=0) * grad
-
-
-@squared_relu_backward.register_fake
-def _(grad: Tensor, x: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
     ctx.scale = inputs[1]
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-    return squared_relu_backward(grad, ctx.saved_tensors[0], ctx.scale), None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (x,) = ctx.saved_tensors
+    return 2 * ctx.scale * x.clamp(min=0) * grad, None
 
 
 squared_relu.register_autograd(_backward, setup_context=_save)
 
 
 @sw.rule("example::squared_relu")
-def _(c) -> None:
+def _squared_relu(c: Any) -> None:
     """Each output depends on the input at its own place alone, so it can be split on every dim."""
     c.elementwise(c.inputs)
 
@@ -61,7 +55,8 @@ class Net(nn.Module):
         self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.ops.example.squared_relu(self.up(x), 0.5))
+        scores: Tensor = self.down(torch.ops.example.squared_relu(self.up(x), 0.5))
+        return scores
 
 
 class Digits(Dataset[tuple[Tensor, Tensor]]):

@@ -1,6 +1,6 @@
-"""Keep your own training loop: each rank runs this file.
+"""Keep your own training loop: each rank runs this file. With one rank, `python examples/torchrun_loop.py` will do.
 
-torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 examples/torchrun_loop.py
+torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 examples/torchrun_loop.py [STEPS]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shardwise.engine.launch import joined
 sys.path.insert(0, str(Path(__file__).parent))
 from byte_lm import job
 
-STEPS = 20
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 
 
 def main() -> None:

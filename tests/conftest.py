@@ -15,6 +15,7 @@ from shardwise.engine.launch import Ranks
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
+from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
 
 settings.register_profile(
@@ -60,47 +61,56 @@ def pipeline(size: int = 2) -> PlanAxis:
 def cuts(job: Job, stages: int) -> tuple[str, ...]:
     """Cuts that part a model's operators into about equal stages."""
     graph = Graph.of(job)
-    learned = [op.id for op in graph.ops if any(v in graph.learned for v in op.outputs)]
+    # In another dtype a model has other casts.
+    learned = [op.id for op in graph.ops if op.name != "aten._to_copy" and any(v in graph.learned for v in op.outputs)]
     return tuple(learned[len(learned) * k // stages] for k in range(1, stages))
 
 
 class Errors(NamedTuple):
-    """The largest relative differences from one device."""
+    """The largest relative differences from one device, and where collectives were not those announced."""
 
     loss: float
     grad: float
     norm: float
     param: float
     where: str = ""
+    traffic: str = ""
 
     @property
     def worst(self) -> float:
         return max(self[:4])
 
 
-def compare(job: Job, plan: Plan, steps: int = 2, sizes: Sequence[int] = (), mutation: Mutation | None = None) -> Errors:
+def compare(
+    job: Job, plan: Plan, steps: int = 2, sizes: Sequence[int] = (), mutation: Mutation | None = None
+) -> Errors:
     """How far a plan's run is from one device's, in float64; to be called on every rank of the plan.
 
     `sizes` are those of the batches; `mutation` puts a bug into the library while the plan runs.
     """
     from shardwise.engine.engine import parallelize
     from shardwise.measure.reference import run_reference
+    from shardwise.measure.traffic import Collectives
 
     warnings.simplefilter("ignore")
     torch.manual_seed(1234 + (dist.get_rank() if dist.is_initialized() else 0))
     sizes = sizes or [job.global_batch] * steps
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     batches = [job.batch(range(a, a + n)) for a, n in zip(starts, sizes, strict=True)]
-    losses, grads, norms = [], [], []
+    losses, grads, norms, traffic = [], [], [], ""
     with pytest.MonkeyPatch.context() as patch:
         if mutation is not None:
             mutation(patch)
         engine = parallelize(job, plan, dtype=torch.float64)
-        for batch in batches:
-            losses.append(engine.forward_backward(batch))
+        for batch, size in zip(batches, sizes, strict=True):
+            seen, updating = Collectives(), Collectives()
+            with seen:
+                losses.append(engine.forward_backward(batch))
             grads.append(engine.gradients())
-            engine.update()
+            with updating:
+                engine.update()
             norms.append(engine.grad_norm)
+            traffic = traffic or _unlike(engine.announced(size), [*seen.take(), *updating.take()])
         state = engine.state_dict()
     with torch.random.fork_rng():
         reference = run_reference(job, batches, torch.float64, job.optimizer)
@@ -112,15 +122,27 @@ def compare(job: Job, plan: Plan, steps: int = 2, sizes: Sequence[int] = (), mut
             if error > worst["grad"]:
                 worst["grad"], where = error, name
     for name, want in reference.params.items():
-        if name in state:
-            worst["param"] = max(worst["param"], apart(state[name], want, 1e-6))
+        worst["param"] = max(worst["param"], apart(state[name], want, 1e-6))
     return Errors(
         max(_apart(a, b) for a, b in zip(losses, reference.losses, strict=True)),
         worst["grad"],
         max(_apart(a or 0.0, b) for a, b in zip(norms, reference.norms, strict=True)),
         worst["param"],
         where,
+        traffic,
     )
+
+
+def _unlike(announced: Sequence[Traffic], recorded: Sequence[Traffic]) -> str:
+    """What was sent and not announced, or announced and not sent."""
+    totals: dict[tuple[str, str], list[int]] = {}
+    for sign, listed in ((1, announced), (-1, recorded)):
+        for kind, axis, count, size in listed:
+            total = totals.setdefault((kind, axis), [0, 0])
+            total[0] += sign * count
+            total[1] += sign * size
+    wrong = {key: total for key, total in totals.items() if total != [0, 0]}
+    return f"announced less recorded (count, bytes): {wrong}" if wrong else ""
 
 
 def apart(found: torch.Tensor, want: torch.Tensor, least: float) -> float:

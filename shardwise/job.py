@@ -183,7 +183,8 @@ def load_spec(spec: str) -> Job:
     module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
     function = getattr(module, name, None)
     if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        there = [key for key, value in own.items() if callable(value) and not key.startswith("_")]
         raise SpecError(f"{target} has no function {name!r}; it has: {', '.join(there) or 'none'}")
     try:
         job = function()

@@ -197,6 +197,7 @@ def train_engine(job: Job, plan: Plan, steps: int, progress: Progress, place: Pl
 
     place.backend.reset_peak_memory()
     before = place.backend.peak_memory()
+    _check_batch(job, plan)
     engine = parallelize(job, plan)
     run = run_steps(engine, batches(job), steps, place.backend, progress)
     result = Result(
@@ -214,6 +215,17 @@ def train_engine(job: Job, plan: Plan, steps: int, progress: Progress, place: Pl
         threads=torch.get_num_threads(),
     )
     return engine, result
+
+
+def _check_batch(job: Job, plan: Plan) -> None:
+    parts = math.prod(axis.size for axis in plan.axes if "batch" in axis.dims)
+    total = job.global_batch
+    if total % parts:
+        near = f"{total - total % parts} or {total - total % parts + parts}" if total > parts else f"{parts}"
+        raise PlanError(
+            f"a global batch of {total} samples does not divide by the {parts} ranks that {plan.title()} "
+            f"splits it over; take {near} samples, or another plan"
+        )
 
 
 def run_steps(

@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from shardwise.errors import CaptureError, JobError
 from shardwise.graph.normalize import normalize
-from shardwise.job import Batch, Job, batch_tensors, map_batch
+from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
 
 
 class LossModule(nn.Module):
@@ -88,8 +88,10 @@ def mean_loss(
         found = total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         number = count.reshape(()) if isinstance(count, Tensor) else torch.full((), count, device=found.device)
     if not isinstance(found, Tensor) or found.numel() != 1:
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise JobError(f"loss must be a scalar tensor or (sum, count), but is {shape}")
+        given = type(found).__name__
+        if isinstance(found, Tensor):
+            given = f"a tensor of {found.ndim} dims; take its mean over the samples"
+        raise JobError(f"loss must be a scalar tensor or (sum, count), but is {given}")
     return found.reshape(()), number
 
 
@@ -151,14 +153,48 @@ def capture(
     def shaped_as(t: Tensor) -> Tensor:
         return t.new_zeros((samples, *t.shape[1:]), device=device) if t.ndim else t.to(device)
 
+    why: CaptureError | None = None
     with context:
         shaped = map_batch(batch, shaped_as)
         wrapper = LossModule(module, job, batch).train(training)
         tensors = tuple(batch_tensors(shaped))
-        exported = _export(wrapper, tensors)
+        try:
+            exported = _export(wrapper, tensors)
+        except CaptureError as error:
+            why = error
+    if why is not None:
+        _check_that_it_runs(job, batch)
+        raise why
     captured = _collect(exported, wrapper, tensors, samples)
     wrapper.train()
     return captured
+
+
+_SMALL = 500_000_000  # parameters of a model that is run once to see whether it runs at all
+
+
+def _check_that_it_runs(job: Job, batch: Batch) -> None:
+    """Tell a model that does not capture from one that does not run.
+
+    Raises:
+        JobError: it does not run on a batch.
+    """
+    if sum(p.numel() for p in job.build("meta").parameters()) > _SMALL:
+        return
+    try:
+        with torch.no_grad():
+            LossModule(job.build(), job, batch)(*batch_tensors(batch))
+    except Exception as error:
+        told = f"{type(error).__name__}: {_line(error)}"
+        raise JobError(
+            f"{job.title()} does not run on its first {batch_size(batch)} samples: {told}; "
+            "see that the model takes what the dataset gives"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else ""
 
 
 def _on_cpu(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -188,10 +224,8 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
     except JobError:
         raise
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        first = lines[0] if lines else ""
         raise CaptureError(
-            f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {first[:300]}; "
+            f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {_line(error)}; "
             "it can still be split by data (data, sharded), and by layers where it is a Sequential"
         ) from error
 

@@ -170,7 +170,11 @@ class Plan:
         lines = [(n, _COMMENT.sub("", line).split()) for n, line in enumerate(text.splitlines(), 1)]
         lines = [(n, words) for n, words in lines if words]
         if not lines or lines[0][1] != ["shardwise", "plan", "1"]:
-            raise PlanError("line 1 must be 'shardwise plan 1'")
+            first = text.strip().partition("\n")[0][:40]
+            raise PlanError(
+                f"a plan's first line is 'shardwise plan 1', but this one's is {first!r}; "
+                "`shardwise plan SPEC --out FILE` writes a plan"
+            )
         given: dict[str, Any] = {"axes": [], "cuts": []}
         for n, words in lines[1:]:
             _read_line(n, words, given)

@@ -41,7 +41,7 @@ class Dropped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.dropout(F.gelu(F.dropout(self.up(x), 0.3)) * self.scale, 0.3)
-        return self.down(hidden) + self.scale.softmax(0).amax()
+        return self.down(hidden) * self.scale.softmax(0).amax()
 
 
 def dropped() -> Job:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,7 +217,7 @@ def _on_cpu(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
 def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram:
     shapes = (tuple({0: Dim.AUTO} if t.ndim else None for t in tensors),)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_logs():
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
             functional: ExportedProgram = exported.run_decompositions({})
@@ -228,6 +229,17 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
             f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {_line(error)}; "
             "it can still be split by data (data, sharded), and by layers where it is a Sequential"
         ) from error
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """torch logs a failed export as well as raising it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _collect(

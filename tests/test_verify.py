@@ -1,0 +1,103 @@
+"""Verify: the proof passes where a split is right, fails where it is not, and says what it did."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from shardwise.cli import main
+from shardwise.errors import JobError, ProofError
+from shardwise.job import Job
+from shardwise.measure.reference import Trace
+from shardwise.measure.verify import Row, relative, verify
+from shardwise.plan.plan import Plan, PlanAxis
+from tests.zoo import ZOO
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+AMONG_TESTS = [
+    "gpt2_dropout", "llama", "t5", "resnet", "lstm_tagger", "moe_mlp", "unet", "clip_any_batch", "big_embedding_mlp"
+]  # fmt: skip
+"""Models of every kind; all of them are proved by `make prove`."""
+
+
+def passing(rows: list[Row]) -> dict[str, bool]:
+    return {row.strategy: row.passed for row in rows if row.applicable}
+
+
+@pytest.mark.parametrize("name", AMONG_TESTS)
+def test_every_strategy_computes_what_one_device_computes(name: str) -> None:
+    rows = verify(ZOO[name](), 2, steps=2)
+    assert passing(rows) == {"data": True, "sharded": True, "tensor": True, "pipeline": True}, rows
+    assert [(row.strategy, row.applicable) for row in rows][-1] == ("hybrid", False)
+
+
+@pytest.mark.parametrize(("name", "ranks", "axes"), [("bert_dropout", 4, 2), ("tied_lm", 8, 3)])
+def test_hybrids_compute_what_one_device_computes(name: str, ranks: int, axes: int) -> None:
+    (row,) = verify(ZOO[name](), ranks, strategies=["hybrid"], steps=2)
+    assert row.passed and row.plan is not None, row
+    assert len(row.plan.axes) == axes
+
+
+def test_float32_takes_steps_of_plain_sgd() -> None:
+    rows = verify(ZOO["qkv_attention"](), 2, strategies=["data", "tensor"], dtype=torch.float32, steps=2)
+    assert passing(rows) == {"data": True, "tensor": True}, rows
+    assert all(row.param_error and row.param_error > 1e-12 for row in rows), "these are float32's errors, not float64's"
+
+
+def wrong_mean(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    """A loss that depends on which rank computes it."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.nn.functional.cross_entropy(output, batch[1]) * (1 + rank)
+
+
+def test_a_run_that_differs_between_ranks_does_not_pass() -> None:
+    job = ZOO["sum_count_mlp"]().with_(loss=wrong_mean)
+    (row,) = verify(job, 2, strategies=["data"], steps=1)
+    assert row.applicable and not row.passed
+    assert row.grad_error is not None and row.grad_error > 0.1
+
+
+def test_more_plans_get_rows_of_their_own() -> None:
+    plans = {"mine": Plan((PlanAxis("data", 2, ("batch",)),), zero=2), "unfit": Plan((PlanAxis("t", 2, ("nosuch",)),))}
+    rows = verify(ZOO["sum_count_mlp"](), 2, strategies=[], plans=plans, steps=1)
+    assert [(row.strategy, row.passed) for row in rows] == [("mine", True), ("unfit", False)]
+    assert not rows[1].applicable and "nosuch" in rows[1].reason
+
+
+def test_command_prints_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = "tests.zoo.plain:sum_count_mlp"
+    assert main(["verify", spec, "--ranks", "2", "--strategies", "data,hybrid", "--steps", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    wanted = {
+        "strategy", "plan", "applicable", "reason", "loss_error", "grad_error", "param_error",
+        "collectives_announced", "collectives_recorded", "passed",
+    }  # fmt: skip
+    assert all(wanted <= set(row) for row in rows)
+    data, hybrid = rows
+    assert data["passed"] and data["grad_error"] < 1e-12
+    assert data["collectives_recorded"] == data["collectives_announced"] != []
+    assert Plan.parse(data["plan"]).title() == "data 2"
+    assert not hybrid["applicable"] and "2 ranks" in hybrid["reason"]
+
+
+def test_errors_are_relative_to_the_tensor_or_to_all() -> None:
+    one = torch.ones(4)
+    assert relative(one, one, 1.0) == 0.0
+    assert relative(one * 1.5, one, 1.0) == pytest.approx(0.5)
+    assert relative(torch.full((4,), 1e-9), torch.zeros(4), 1.0) == pytest.approx(2e-3)
+    assert relative(torch.ones(3), one, 1.0) == float("inf")
+    assert Trace().losses == []
+
+
+def test_what_cannot_be_proved_is_said() -> None:
+    job: Job = ZOO["sum_count_mlp"]()
+    with pytest.raises(ProofError, match="float64 or float32"):
+        verify(job, 2, dtype=torch.bfloat16)
+    with pytest.raises(JobError, match="samples"):
+        verify(job.with_(global_batch=10**7), 2)

@@ -20,7 +20,8 @@ import shardwise.report  # noqa: F401
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shardwise.engine.engine import Engine, parallelize
+    from shardwise.engine.base import Engine
+    from shardwise.engine.engine import parallelize
     from shardwise.engine.train import Result, train
     from shardwise.errors import RunError, ShardwiseError, UserError
     from shardwise.graph.graph import Graph
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from shardwise.search.strategies import strategies
 
 _HOMES = {
-    "Engine": "shardwise.engine.engine",
+    "Engine": "shardwise.engine.base",
     "Graph": "shardwise.graph.graph",
     "Job": "shardwise.job",
     "Plan": "shardwise.plan.plan",

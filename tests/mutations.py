@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.engine import engine
-from shardwise.engine.engine import Engine
+from shardwise.engine.engine import GraphEngine
 from shardwise.graph import random
 from shardwise.graph.dims import BATCH
 from shardwise.job import Job
@@ -147,12 +147,12 @@ def accumulation_wiped(patch: Patch) -> None:
 
 
 def gradients_sent_before_the_last_micro_batch(patch: Patch) -> None:
-    def forward_backward(plain: Any, self: Engine, batch: Any) -> float:
+    def forward_backward(plain: Any, self: GraphEngine, batch: Any) -> float:
         self._reduction.begin()
         loss: float = plain(self, batch)
         return loss
 
-    wrapped(patch, Engine, "forward_backward", forward_backward)
+    wrapped(patch, GraphEngine, "forward_backward", forward_backward)
 
 
 # --- clipping ---------------------------------------------------------------------------------------------------------
@@ -297,11 +297,11 @@ def every_rank_reads_the_same_samples(patch: Patch) -> None:
 
 
 def scheduler_stepped_once_per_rank(patch: Patch) -> None:
-    def update(plain: Any, self: Engine) -> None:
+    def update(plain: Any, self: GraphEngine) -> None:
         plain(self)
         self.scheduler.step()
 
-    wrapped(patch, Engine, "update", update)
+    wrapped(patch, GraphEngine, "update", update)
 
 
 # --- lowerings --------------------------------------------------------------------------------------------------------

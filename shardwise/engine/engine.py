@@ -1,9 +1,8 @@
-"""Engine: a job under a plan on this rank. `step` takes a batch and returns the loss of the global batch."""
+"""The engine of a captured job: the programs of this rank, run in the order of the schedule."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.engine.base import Engine
 from shardwise.engine.evaluate import Evaluation
-from shardwise.engine.feed import Feeder, Share, cast
-from shardwise.engine.optimize import build_optimizer, check_elementwise, squared_norm
+from shardwise.engine.feed import Feeder, cast
+from shardwise.engine.optimize import build_optimizer, check_elementwise
 from shardwise.engine.whole import Whole
 from shardwise.errors import JobError, PlanError
 from shardwise.graph import random
@@ -32,16 +32,12 @@ from shardwise.parallel.sharded import Resharding
 from shardwise.plan.plan import Plan
 
 
-class Engine:
-    """A job under a plan, on this rank of an initialised process group (or alone).
+class GraphEngine(Engine):
+    """A captured job under a plan, on this rank of an initialised process group (or alone)."""
 
-    Attributes:
-        job, plan, graph: what it was made of.
-        mesh: the device mesh.
-        optimizer, scheduler: the user's, over this rank's parameters.
-        steps: updates made so far.
-        grad_norm: 2-norm of the last step's whole gradient, before clipping; None before the first step.
-    """
+    graph: Graph
+    _reduction: Reduction
+    _feeder: Feeder
 
     def __init__(
         self,
@@ -53,6 +49,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         backend: Backend | None = None,
     ) -> None:
+        super().__init__()
         backend = backend or Backend.detect(1)
         self.device = backend.device(_local_rank())
         self.job, self.plan = job, plan
@@ -80,11 +77,7 @@ class Engine:
         self._reduction = Reduction(self.model)
         self._whole = Whole(module, self._reduction)
         self.optimizer, self.scheduler = self._make_optimizer(module)
-        self.steps = 0
-        self.grad_norm: float | None = None
         self._feeder = Feeder(self.split, self.device, dtype)
-        self._fed: Share | None = None
-        self._traffic: list[Traffic] = []
         self._channels = Channels(self.mesh, self.split.pipeline, plan.stages, self.device)
         self._pipeline = self._make_pipeline()
         self._evaluation: Evaluation | None = None
@@ -120,48 +113,7 @@ class Engine:
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def feed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """This rank's share of each global batch of a loader that is the same on every rank."""
-        for batch in loader:
-            self._fed = self._feeder.share(batch)
-            yield self._fed.batch
-
-    def _taken(self, batch: Batch) -> Share:
-        """This rank's share of a batch; it may be one already."""
-        if self._fed is not None and batch is self._fed.batch:
-            return self._fed
-        return self._feeder.share(batch)
-
-    def step(self, batch: Batch) -> float:
-        """One update: forward, backward, gradient reduction, clipping, optimizer, scheduler.
-
-        Args:
-            batch: a global batch, the same on every rank; or this rank's share of one, as `feed` yields it.
-
-        Returns:
-            The loss of the global batch, the same number on every rank.
-
-        Raises:
-            PlanError: the batch is too small to be cut as the plan says.
-        """
-        self.mesh.recorder.take()
-        loss = self.forward_backward(batch)
-        self.update()
-        self._traffic = self.mesh.recorder.take()
-        return loss
-
-    def update(self) -> None:
-        """Clip, and step the optimizer and the scheduler, once."""
-        self.grad_norm = self._clip()
-        self.optimizer.step()
-        self._reduction.after_update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.steps += 1
-
     def forward_backward(self, batch: Batch) -> float:
-        """The loss of a global batch, and the gradients of this rank's parameters, summed over all ranks."""
         share = self._taken(batch)
         # A new key for each step; the optimizer's place in the run, not the rank's, decides it.
         key = random.stream(self.job.seed, self.steps, 0)
@@ -174,21 +126,6 @@ class Engine:
         return float(total_over_stages(loss, self.split.pipeline))
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The mean loss over batches, computed as the model is evaluated: no dropout, running statistics, no gradients.
-
-        Batches are weighted by the count where the job's loss returns `(sum, count)`, and by their samples otherwise.
-
-        Args:
-            batches: global batches, the same on every rank; or this rank's shares of them, as `feed` yields them.
-
-        Returns:
-            The same number on every rank.
-
-        Raises:
-            JobError: there is no batch.
-            PlanError: a batch is too small to be cut as the plan says.
-            CaptureError: the model captures in training, but not in evaluation.
-        """
         if self._evaluation is None:
             graph = self._graph(self._module, training=False)
             self._evaluation = Evaluation(graph, self._reduction, self._whole, self._channels, self._dtype)
@@ -202,38 +139,16 @@ class Engine:
         # Where no item of any batch counts the losses are zero.
         return sum(loss * count for loss, count in found) / max(sum(count for _, count in found), 1.0)
 
-    # -- gradients ---------------------------------------------------------------------------------------------------
-
-    def _clip(self) -> float | None:
-        """Scale gradients to the job's norm. The norm is of the whole gradient, each entry counted once."""
-        grads = list(self._reduction.grads())
-        total = squared_norm([(grad, share) for _, grad, share in grads], self.device)
-        if dist.is_initialized() and self.plan.ranks > 1:
-            self.mesh.recorder.add("all_reduce", "all", total.element_size())
-            dist.all_reduce(total)
-        norm = math.sqrt(float(total))
-        limit = self.job.clip_norm
-        if limit is not None and norm > limit:
-            torch._foreach_mul_([grad for _, grad, _ in grads], limit / (norm + 1e-6))
-        return norm
-
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def traffic(self) -> list[Traffic]:
-        """The collectives of the last step."""
-        return self._traffic
-
     def announced(self, total: int | None = None) -> list[Traffic]:
-        """The collectives that a step of `total` samples (the job's global batch) will make, known beforehand."""
         total = self.job.global_batch if total is None else total
         return announce(self._reduction, total)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All parameters and buffers, whole, under the user's names; the same on every rank."""
         return self._whole.state_dict()
 
     def gradients(self) -> dict[str, Tensor]:
-        """The whole gradient of every parameter that the model uses, after `forward_backward`; on every rank."""
         return self._whole.gradients()
 
 
@@ -250,7 +165,7 @@ def parallelize(job: Job, plan: Plan, *, dtype: torch.dtype | None = None, modul
         PlanError: the plan does not fit the ranks, the model or the batch.
         CaptureError: the model does not capture.
     """
-    return Engine(job, plan, dtype=dtype, module=module)
+    return GraphEngine(job, plan, dtype=dtype, module=module)
 
 
 def _let_go(module: nn.Module) -> None:

@@ -30,7 +30,7 @@ from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
 
 if TYPE_CHECKING:
-    from shardwise.engine.engine import Engine
+    from shardwise.engine.base import Engine
 
 _REMEMBERED = 5  # losses that the message about a bad one shows
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch.profiler import ProfilerActivity, profile
 
-from shardwise.engine.engine import Engine
+from shardwise.engine.base import Engine
 from shardwise.engine.train import run_steps
 from shardwise.job import Batch
 from shardwise.machine.backend import Backend

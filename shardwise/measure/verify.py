@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.engine.engine import Engine
+from shardwise.engine.base import Engine
+from shardwise.engine.engine import GraphEngine
 from shardwise.engine.launch import Place, Ranks, joined
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
@@ -259,7 +260,7 @@ def _compare(task: _Task, plans: Sequence[Plan]) -> list[_Found | str]:
     with joined() as place:
         for plan in plans:
             try:
-                engine = Engine(job, plan, dtype=task.dtype, module=job.build(), graph=graph)
+                engine = GraphEngine(job, plan, dtype=task.dtype, module=job.build(), graph=graph)
             except PlanError as error:
                 found.append(str(error))
                 continue

@@ -175,7 +175,7 @@ def test_a_loss_is_a_mean_or_a_sum_and_a_count() -> None:
     ("loss", "output", "message"),
     [
         (None, X, "loss is None, but the model's output (Tensor) has no .loss; give Job(loss=...), or"),
-        (lambda output, batch: output, X, "loss must be a scalar tensor or (sum, count), but is a tensor of 2 dims; take its mean"),
+        (lambda output, batch: output, X, "loss must be a scalar tensor or (sum, count), but is a tensor of 2"),
         (lambda output, batch: "low", X, "loss must be a scalar tensor or (sum, count), but is str"),
     ],
 )

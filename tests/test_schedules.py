@@ -34,7 +34,8 @@ def test_every_schedule_ends_or_is_refused() -> None:
         assert check(order, ranks * each, micro) == "", (schedule, ranks, each, micro)
         ended += 1
     assert ended > len(SIZES) // 2
-    assert all("multiple" in message or (schedule == "1f1b" and each > 1) for (schedule, each), message in refused.items())
+    for (schedule, each), message in refused.items():
+        assert "multiple" in message or (schedule == "1f1b" and each > 1)
 
 
 def test_a_rank_that_waits_for_ever_is_named() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import fx
 
 from shardwise.graph.rules import Value
 from shardwise.graph.saved import saved
@@ -12,9 +13,10 @@ from shardwise.parallel.hybrid import Micro
 from shardwise.parallel.mesh import Recorder, Traffic
 from shardwise.parallel.program import Program
 from shardwise.parallel.rank import RankModel
+from shardwise.parallel.recompute import segments
 from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import stage_rank
-from shardwise.parallel.sharded import FlatBucket
+from shardwise.parallel.sharded import FlatBucket, unshard
 
 
 def announce(reduction: Reduction, total: int) -> list[Traffic]:
@@ -43,13 +45,21 @@ def announce(reduction: Reduction, total: int) -> list[Traffic]:
 
 
 def _program(recorder: Recorder, model: RankModel, program: Program, micro: Micro) -> None:
-    for node in program.module.graph.nodes:
-        for kind, axis, value, states, *more in node.meta.get("sends", ()):
+    for node, runs in _nodes(program.module):
+        forward, backward = node.meta.get("sends", []), node.meta.get("answers", [])
+        for kind, axis, value, states, *more in [*forward * runs, *backward]:
             if axis.group is None:
                 continue
             dtype, times = more or (value.dtype, 1)
             size = _numel(model.split.local_shape(value, states, micro.samples)) * times
             recorder.add(kind, axis.name, size * model.dtype(dtype).itemsize)
+
+
+def _nodes(module: fx.GraphModule) -> Iterator[tuple[fx.Node, int]]:
+    """A program's nodes, and how often each runs forward: twice where it is recomputed."""
+    yield from ((node, 1) for node in module.graph.nodes)
+    for segment in segments(module).values():
+        yield from ((node, 2) for node in segment.graph.nodes)
 
 
 def _crossings(recorder: Recorder, model: RankModel, stage: int, micro: Micro) -> None:
@@ -76,23 +86,29 @@ def _crossings(recorder: Recorder, model: RankModel, stage: int, micro: Micro) -
 
 def _sharded(recorder: Recorder, model: RankModel, buckets: Sequence[FlatBucket], micros: int) -> None:
     graph, zero = model.split.graph, model.split.plan.zero
-    # What backward needs of a parameter it gathers again.
+    # What backward needs of a parameter it gathers again, with the rest of the block where that is recomputed.
     needed = {v for kept in saved(graph).values() for v in kept.values} if zero == 3 else set()
     for bucket in buckets:
-        size = bucket.shard.element_size()
-        rounds = 1
+        gathers = sends = 1
         if zero == 3:
-            users = [s for s in model.programs if set(bucket.names) & set(model.split.stage_params(s))]
-            rounds = micros * len(users)
+            runs = [n for program in model.programs.values() for n in _gathers(program.module, bucket)]
             again = any(graph.params[name] in needed for name in bucket.names)
-            for _ in range(rounds * (2 if again else 1)):
-                recorder.add("all_gather", bucket.axis.name, bucket.part * size)
-        else:
+            gathers = micros * sum(max(n, 1 + again) for n in runs)
+            sends = micros * len(runs)
+        size = bucket.shard.element_size()
+        for _ in range(gathers):
             recorder.add("all_gather", bucket.axis.name, bucket.part * size)
-        for _ in range(rounds):
+        for _ in range(sends):
             recorder.add("reduce_scatter", bucket.axis.name, bucket.length * size)
             for axis in bucket.also:
                 recorder.add("all_reduce", axis.name, bucket.part * size)
+
+
+def _gathers(module: fx.GraphModule, bucket: FlatBucket) -> Iterator[int]:
+    """For each time that a program gathers a bucket how often that runs forward."""
+    for node, runs in _nodes(module):
+        if node.target is unshard and node.meta["bucket"] is bucket:
+            yield runs
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -124,8 +124,10 @@ class Converter:
 def _announce(
     node: fx.Node, value: Value, axis: Axis, forward: tuple[str, States] | None, backward: tuple[str, States] | None
 ) -> None:
-    """Note what a node will send: (kind, the states in which the tensor is handed in), forward and backward."""
-    node.meta["sends"] = [(kind, axis, value, states) for kind, states in filter(None, (forward, backward))]
+    """Note what a node sends in forward and answers in backward: (kind, the states that the tensor is handed in)."""
+    for when, what in (("sends", forward), ("answers", backward)):
+        if what is not None:
+            node.meta[when] = [(what[0], axis, value, what[1])]
 
 
 def _same_pos(a: Cut, b: State) -> bool:

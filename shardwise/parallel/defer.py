@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,10 @@ from shardwise.parallel.program import Program, attribute_name
 
 @dataclass(frozen=True, eq=False)
 class _Note:
-    """One operator whose second half is to come: gradients of `outs` are there, those of `own` are not."""
+    """One operator whose second half is to come: what computes the gradients of `learned`."""
 
-    outs: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    own: Sequence[Tensor]
     learned: Sequence[Tensor]
+    gradients: Callable[[], Sequence[Tensor | None]]
 
 
 @dataclass(eq=False)
@@ -45,8 +44,7 @@ class Tape:
         """
         at, given = list(roots), list(grads)
         for note in self.notes:
-            found = torch.autograd.grad(note.outs, note.own, note.grads, allow_unused=True)
-            for learned, grad in zip(note.learned, found, strict=True):
+            for learned, grad in zip(note.learned, note.gradients(), strict=True):
                 if grad is not None:
                     at.append(learned)
                     given.append(grad)
@@ -62,11 +60,12 @@ class Recorder:
 
     Attributes:
         tape: of that pass.
-        targets: the operators that are deferred.
+        targets: the operators that are deferred, and whether their backward is in one piece all the same: where it
+            communicates, it must run once.
     """
 
     tape: Tape = field(default_factory=Tape)
-    targets: list[Callable[..., Any]] = field(default_factory=list)
+    targets: list[tuple[Callable[..., Any], bool]] = field(default_factory=list)
 
     def start(self) -> Tape:
         """A new tape, for one forward pass."""
@@ -79,13 +78,13 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[..., Any], tape: Tape, learned: Sequence[Tensor], *received: Tensor
+        ctx: Any, run: Callable[..., Any], whole: bool, tape: Tape, learned: Sequence[Tensor], *received: Tensor
     ) -> tuple[Any, ...]:
         with torch.enable_grad():
             ctx.received = [x.detach().requires_grad_() for x in received]
             ctx.own = [w.detach().requires_grad_() for w in learned]
             ctx.outs = run(ctx.received, ctx.own)
-        ctx.tape, ctx.learned = tape, learned
+        ctx.whole, ctx.tape, ctx.learned = whole, tape, learned
         ctx.set_materialize_grads(False)
         found = tuple(out.detach() if isinstance(out, Tensor) else out for out in ctx.outs)
         constant = (out for out, source in zip(found, ctx.outs, strict=True) if not _differentiable(source))
@@ -96,11 +95,18 @@ class _Deferred(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         pairs = [(o, g) for o, g in zip(ctx.outs, grads, strict=True) if g is not None and _differentiable(o)]
         outs, given = [o for o, _ in pairs], [g for _, g in pairs]
+        received, own = ctx.received, ctx.own
         if not outs:
-            return None, None, None, *(None for _ in ctx.received)
-        found = torch.autograd.grad(outs, ctx.received, given, retain_graph=True, allow_unused=True)
-        ctx.tape.notes.append(_Note(outs, given, ctx.own, ctx.learned))
-        return None, None, None, *found
+            return None, None, None, None, *(None for _ in received)
+        if ctx.whole:
+            found = torch.autograd.grad(outs, [*received, *own], given, allow_unused=True)
+            ready = found[len(received) :]
+            ctx.tape.notes.append(_Note(ctx.learned, lambda: ready))
+        else:
+            found = torch.autograd.grad(outs, received, given, retain_graph=True, allow_unused=True)
+            later = partial(torch.autograd.grad, outs, own, given, allow_unused=True)
+            ctx.tape.notes.append(_Note(ctx.learned, later))
+        return None, None, None, None, *found[: len(received)]
 
 
 def _differentiable(out: Any) -> bool:
@@ -115,7 +121,7 @@ def deferred(recorder: Recorder, which: int, weights: Sequence[int], *args: Any,
         which: the operator's place among those deferred.
         weights: which of the arguments' leaves depend on parameters alone.
     """
-    target = recorder.targets[which]
+    target, whole = recorder.targets[which]
     leaves, tree = tree_flatten((args, kwargs))
     learned = [i for i in weights if _differentiable(leaves[i])]
     received = [i for i, leaf in enumerate(leaves) if _differentiable(leaf) and i not in learned]
@@ -134,7 +140,7 @@ def deferred(recorder: Recorder, which: int, weights: Sequence[int], *args: Any,
         return tuple(found) if several else (found,)
 
     apply: Any = _Deferred.apply
-    outs = apply(run, recorder.tape, [leaves[i] for i in learned], *(leaves[i] for i in received))
+    outs = apply(run, whole, recorder.tape, [leaves[i] for i in learned], *(leaves[i] for i in received))
     return outs if several else outs[0]
 
 
@@ -174,7 +180,7 @@ def defer_weights(program: Program, received: Collection[str]) -> tuple[Recorder
             leaves, _ = tree_flatten((node.args, node.kwargs))
             weights = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in learned)
             node.args = (holder, len(recorder.targets), weights, *node.args)
-            recorder.targets.append(node.target)
+            recorder.targets.append((node.target, bool(node.meta.get("answers"))))
             node.target = deferred
     program.module.recompile()
     results: Any = graph.output_node().args[0]

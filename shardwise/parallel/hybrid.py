@@ -17,6 +17,7 @@ from shardwise.parallel.collectives import join, take
 from shardwise.parallel.layout import WHOLE, Cut, Layout, SplitAxis, State, States, check_axes
 from shardwise.parallel.mesh import Axis, Mesh
 from shardwise.parallel.micro import Early, early_values, time_axis
+from shardwise.parallel.recompute import check_blocks
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
 
@@ -51,6 +52,7 @@ class Split:
         split_axes = [SplitAxis(a.name, a.size, a.dims) for a in plan.axes if a.name != PIPELINE]
         if bounds is None:
             check_axes(graph, split_axes)
+            check_blocks(graph, plan.recompute)
         self.axes: list[Axis | None] = [mesh[a.name] for a in split_axes]
         if self.timed:
             self.axes.insert(0, None)

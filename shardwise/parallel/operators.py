@@ -278,16 +278,17 @@ def _batch_norm(call: Call, letter: Letter | None) -> fx.Node | None:
         return None
     e, w = call.emitter, call.writer
     x = call.op.context.inputs[0].value
-    axes = [w.axis(w.axes.index(axis)) for axis in call.cut[letter]]
+    axes = call.cut[letter]
     a = call.args
     node = w.call(
         batch_norm, a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], a["momentum"], a["eps"],
-        axes,
+        [w.axis(w.axes.index(axis)) for axis in axes],
     )  # fmt: skip
     mean = call.op.context.outputs[3]
     dtype, states = statistics_dtype(x.dtype), call.out_states(mean)
-    sent = [("all_gather", FORWARD_ROWS)] + [("all_reduce", BACKWARD_ROWS)] * (x in e.graph.needs_grad)
-    node.meta["sends"] = [(kind, axis, mean.value, states, dtype, n) for axis in call.cut[letter] for kind, n in sent]
+    node.meta["sends"] = [("all_gather", axis, mean.value, states, dtype, FORWARD_ROWS) for axis in axes]
+    if x in e.graph.needs_grad:
+        node.meta["answers"] = [("all_reduce", axis, mean.value, states, dtype, BACKWARD_ROWS) for axis in axes]
     return node
 
 

@@ -16,6 +16,7 @@ from shardwise.parallel.fuse import fuse_bias
 from shardwise.parallel.layout import WHOLE, Layout, States
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.operators import Call
+from shardwise.parallel.recompute import block_of
 from shardwise.parallel.writer import Writer
 
 
@@ -79,6 +80,11 @@ class Emitter:
         self.params: list[str] = []
         self.buffers: list[str] = []
         self._sources = {v: n for n, values in self.graph.values.items() for v in values}
+        self._blocks: dict[Op, str] = {op: block_of(op.module, self.recompute) for op in self.graph.ops}
+        self._readers: dict[Value, set[str]] = {}
+        for op in self.graph.ops:
+            for value in op.inputs:
+                self._readers.setdefault(value, set()).add(self._blocks[op])
 
     # -- whole program -----------------------------------------------------------------------------------------------
 
@@ -91,6 +97,7 @@ class Emitter:
                 self.env[values[0]] = self._placeholder(node.name)
         for op in ops:
             self._emit(op)
+        self.writer.block = ""
         results = tuple(self.get(value, states) for value, states in outputs)
         self.out.output(results)
         self.out.eliminate_dead_code()
@@ -166,8 +173,12 @@ class Emitter:
             return self.base(value)
         if (value, target) in self.converted:
             return self.converted[value, target]
-        node = self.base(value)
-        node = self.converter.convert(value, node, produced, target, is_param)
+        block = self.writer.block
+        if self._readers.get(value) != {block}:
+            # Made once for all blocks that read it, and so part of none.
+            self.writer.block = ""
+        node = self.converter.convert(value, self.base(value), produced, target, is_param)
+        self.writer.block = block
         self.converted[value, target] = node
         return node
 
@@ -176,6 +187,7 @@ class Emitter:
     def _emit(self, op: Op) -> None:
         if all(v in self.env for v in op.outputs) and op.outputs:
             return
+        self.writer.block = self._blocks[op]
         result = Call(self, op).emit()
         outs = op.outputs
         if not any(value in self.graph.needs_grad for value in outs):

@@ -18,6 +18,7 @@ from shardwise.parallel.layout import PARTIAL, WHOLE, Cut, States
 from shardwise.parallel.micro import Early, combine
 from shardwise.parallel.pipeline import Crossing, Stage
 from shardwise.parallel.program import Emitter, Program, attribute_name
+from shardwise.parallel.recompute import in_segments
 from shardwise.parallel.sharded import FlatBucket, gather_in
 
 
@@ -235,6 +236,8 @@ class RankModel:
         gives = [self._crossing(v) for v in self._gives(s)]
         stage = Stage(s, partial(self.run, s), takes, gives)
         received = [c.name for c in takes if c.grad]
+        if self.split.plan.recompute and self.split.graph.needs_grad:
+            in_segments(self.programs[s].module)
         if received and self.split.plan.schedule == "zero-bubble":
             names = {v.name: result for result, v in self.split.graph.results.items()}
             stage.tapes, apart = defer_weights(self.programs[s], received)

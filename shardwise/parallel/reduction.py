@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardwise.parallel.data import GradientSync
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.rank import RankModel
+from shardwise.parallel.recompute import block_of
 from shardwise.parallel.sharded import FlatBucket, make_buckets
 
 
@@ -57,8 +58,12 @@ class Reduction:
         found = (self.plain.get(name) for name in sorted(self._groups))
         return [p for p in found if p is not None and p.requires_grad]
 
-    def _block_of(self, name: str) -> str:
-        return ".".join(name.split(".")[:-2]) if self.plan.zero == 3 else ""
+    def _block_of(self, name: str) -> tuple[str, ...]:
+        """What a bucket's parameters have in common: in ZeRO-3 their module, and the block that is recomputed."""
+        if self.plan.zero != 3:
+            return ()
+        module = name.rpartition(".")[0]
+        return block_of(module, self.plan.recompute), module.rpartition(".")[0]
 
     def _flatten(self) -> None:
         """ZeRO 1 and 2: whole parameters are views of a flat tensor of which this rank's part is the shard."""

@@ -9,7 +9,7 @@ backward (Rajbhandari et al. 2020).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ class FlatBucket:
 
 
 def make_buckets(
-    params: Sequence[tuple[str, nn.Parameter, Axis, tuple[Axis, ...]]], groups: Callable[[str], str], limit: int
+    params: Sequence[tuple[str, nn.Parameter, Axis, tuple[Axis, ...]]], groups: Callable[[str], Hashable], limit: int
 ) -> list[FlatBucket]:
     """Buckets of parameters that are used together.
 
@@ -205,11 +205,12 @@ def gather_in(module: fx.GraphModule, bucket: FlatBucket, wanted: Sequence[str],
     if not uses:
         return False
     setattr(module, attribute, bucket)
+    users = {user for node in uses for user in node.users}
     with graph.inserting_before(uses[0]):
         holder = graph.get_attr(attribute)
         gathered = graph.call_function(unshard, (holder,))
+        gathered.meta["bucket"] = bucket
         items = {i: graph.call_function(operator.getitem, (gathered, i)) for i in {names[n.target] for n in uses}}
-    users = {user for node in uses for user in node.users}
     for node in uses:
         node.replace_all_uses_with(items[names[node.target]])
         graph.erase_node(node)
@@ -218,5 +219,10 @@ def gather_in(module: fx.GraphModule, bucket: FlatBucket, wanted: Sequence[str],
             delattr(module, name)
     last = [n for n in graph.nodes if n in users][-1]
     with graph.inserting_after(last):
-        graph.call_function(release, (holder,))
+        released = graph.call_function(release, (holder,))
+    blocks = {user.meta.get("block", "") for user in users}
+    if len(blocks) == 1 and "" not in blocks:
+        # Recomputed with the block that alone uses it.
+        for node in (gathered, *items.values(), released):
+            node.meta["block"] = next(iter(blocks))
     return True

@@ -26,6 +26,7 @@ class Writer:
         out: the graph that is written.
         root: has the graph's attributes.
         samples, total, first, key: the program's first arguments; see `Program`.
+        block: of the nodes that are added, the block that they are recomputed with; see `recompute`.
     """
 
     def __init__(self, axes: Sequence[Axis | None]) -> None:
@@ -35,6 +36,7 @@ class Writer:
         self.samples, self.total, self.first, self.key = (
             self.out.placeholder(n) for n in ("samples", "total", "first", "key")
         )
+        self.block = ""
         self._cache: dict[Any, fx.Node] = {}
         for i, axis in enumerate(self.axes):
             if axis is not None:
@@ -42,7 +44,14 @@ class Writer:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of `target`."""
-        return self.out.call_function(target, args, kwargs)
+        node = self.out.call_function(target, args, kwargs)
+        if self.block:
+            node.meta["block"] = self.block
+        return node
+
+    def number_call(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        """A call that makes a number, which belongs to no block."""
+        return self.out.call_function(target, args)
 
     def axis(self, index: int) -> fx.Node:
         """A mesh axis, to hand to a collective."""
@@ -65,7 +74,7 @@ class Writer:
         chain = tuple((axis.size, axis.rank) for axis in batch_axes)
         key = ("count", chain)
         if key not in self._cache:
-            self._cache[key] = self.call(lower.local_count, self.samples, chain) if chain else self.samples
+            self._cache[key] = self.number_call(lower.local_count, self.samples, chain) if chain else self.samples
         count: Number = self._cache[key]
         for _ in range(size.power - 1):
             count = self.times(count, self._cache[key])
@@ -78,7 +87,7 @@ class Writer:
             return b if a == 1 else a
         key = ("times", a, b)
         if key not in self._cache:
-            self._cache[key] = self.call(lower.times, a, b)
+            self._cache[key] = self.number_call(lower.times, a, b)
         return self._cache[key]
 
     def leaf_size(self, value: Value, pos: int, leaf: int, states: Sequence[State], but: int | None = None) -> Number:
@@ -115,7 +124,7 @@ class Writer:
         dim = value.dims[cut.pos].leaves()[cut.leaf]
         if dim.size == BATCH:
             chain = tuple((x.size, x.rank) for x in self._chain(value, cut.pos, cut.leaf, states, but=a))
-            return cut.pos, lead, self.call(lower.part_sizes, self.samples, chain, axis.size)
+            return cut.pos, lead, self.number_call(lower.part_sizes, self.samples, chain, axis.size)
         whole = self.leaf_size(value, cut.pos, cut.leaf, states, but=a)
         assert isinstance(whole, int)
         return cut.pos, lead, (whole // axis.size,) * axis.size
@@ -125,8 +134,8 @@ class Writer:
         dim = value.dims[pos].leaves()[leaf]
         chain = tuple((x.size, x.rank) for x in self._chain(value, pos, leaf, states))
         if dim.size == BATCH:
-            own: Number = self.call(lower.local_start, self.samples, chain) if chain else 0
-            return self.call(lower.plus, self.first, own) if own != 0 else self.first
+            own: Number = self.number_call(lower.local_start, self.samples, chain) if chain else 0
+            return self.number_call(lower.plus, self.first, own) if own != 0 else self.first
         start, size = 0, dim.size.coefficient
         for parts, index in chain:
             size //= parts

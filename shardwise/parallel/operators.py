@@ -265,10 +265,17 @@ def _experts(call: Call, letter: Letter | None) -> fx.Node | None:
 def _random(call: Call) -> fx.Node:
     e, w = call.emitter, call.writer
     out = call.op.context.out
-    span = w.span(out.value, call.out_states(out))
+    states = call.out_states(out)
+    if call.op.name == "shardwise.dropout" and not e.exact_dropout:
+        part = 0  # ranks that hold the same part drop the same
+        for axis, state in zip(w.axes, states, strict=True):
+            if axis is not None and isinstance(state, Cut):
+                part = part * axis.size + axis.rank
+        return w.call(lower.dropout_per_rank, call.args["0"], call.args["1"], call.args["2"], w.key, part, w.first)
+    span = w.span(out.value, states)
     if call.op.name == "shardwise.dropout":
         return w.call(lower.dropout, call.args["0"], call.args["1"], call.args["2"], w.key, span)
-    size = w.shape(out.value, call.out_states(out))
+    size = w.shape(out.value, states)
     dtype = call.args["dtype"]
     return w.call(lower.draw, call.op.name == "shardwise.normal", size, call.args["1"], w.key, span, dtype, e.device)
 

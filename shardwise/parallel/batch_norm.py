@@ -18,6 +18,8 @@ from shardwise.parallel.mesh import Axis
 aten = torch.ops.aten
 FORWARD_ROWS, BACKWARD_ROWS = 3, 2
 """Numbers per channel that travel over each axis: gathered in forward, summed in backward."""
+PIECE = 65536
+"""Elements whose deviations are squared at a time."""
 
 
 def batch_norm(
@@ -89,8 +91,12 @@ def _statistics(x: Tensor, axes: Sequence[Axis]) -> tuple[Tensor, Tensor, Tensor
     """Mean, variance and count over all ranks; the count is a scalar."""
     over = [i for i in range(x.ndim) if i != 1]
     mean = x.mean(over)
-    deviations = x - mean.view(_per_channel(x))
-    squares = deviations.mul_(deviations).sum(over)
+    squares = torch.zeros_like(mean)
+    # On a CPU in pieces that stay in its cache: a whole tensor of deviations takes longer to allocate than to compute.
+    samples = max(1, PIECE // max(x[:1].numel(), 1)) if x.device.type == "cpu" else len(x)
+    for piece in x.split(samples):
+        deviations = piece - mean.view(_per_channel(x))
+        squares += deviations.mul_(deviations).sum(over)
     count = x.numel() // max(x.shape[1], 1)
     rows = torch.stack([mean, squares, torch.full_like(mean, count)])
     for axis in axes:

@@ -33,7 +33,7 @@ def fuse_bias(graph: fx.Graph) -> None:
                 fused = graph.call_function(product.target, tuple(args), dict(product.kwargs))
         else:
             continue
-        fused.meta.update({key: node.meta[key] for key in ("block",) if key in node.meta})
+        fused.meta.update({key: node.meta[key] for key in ("block", "ndim") if key in node.meta})
         node.replace_all_uses_with(fused)
         graph.erase_node(node)
         graph.erase_node(product)

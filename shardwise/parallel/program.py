@@ -17,6 +17,7 @@ from shardwise.parallel.layout import WHOLE, Layout, States
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.operators import Call
 from shardwise.parallel.recompute import block_of
+from shardwise.parallel.reuse import reuse
 from shardwise.parallel.writer import Writer
 
 
@@ -103,6 +104,7 @@ class Emitter:
         self.out.eliminate_dead_code()
         self._drop_unused()
         fuse_bias(self.out)
+        reuse(self.out)
         self.out.lint()
         module = fx.GraphModule(self.root, self.out)
         return Program(module, self.inputs, [v.name for v, _ in outputs], self.params, self.buffers)
@@ -194,6 +196,7 @@ class Emitter:
             result.meta["constant"] = True
         if len(outs) == 1 and not isinstance(op.node.meta.get("val"), (tuple, list)):
             self.env[outs[0]] = result
+            result.meta["ndim"] = outs[0].ndim
         else:
             for i, value in enumerate(outs):
                 self.env[value] = self.writer.call(operator.getitem, result, i)

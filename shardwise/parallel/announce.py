@@ -30,7 +30,7 @@ def announce(reduction: Reduction, total: int) -> list[Traffic]:
         for stage, program in model.programs.items():
             _program(recorder, model, program, micro)
             _crossings(recorder, model, stage, micro)
-    for bucket in reduction.sync.buckets:
+    for bucket in reduction.summed:
         for axis in bucket.axes:
             recorder.add("all_reduce", axis.name, bucket.flat.numel() * bucket.flat.element_size())
     _sharded(recorder, model, reduction.buckets, len(micros))

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.parallel.data import GradientSync
+from shardwise.parallel.data import FIRST_BYTES, GradientSync, summed_buckets
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.rank import RankModel
 from shardwise.parallel.recompute import block_of
-from shardwise.parallel.sharded import FlatBucket, make_buckets
+from shardwise.parallel.sharded import FlatBucket, ScatteredBucket, make_buckets
 
 
 class Reduction:
@@ -21,7 +21,8 @@ class Reduction:
 
     Attributes:
         plain: parameters whose gradients are kept as they are, by name.
-        sync: sums the gradients of plain parameters while backward goes on.
+        sync: sums gradients while backward goes on.
+        summed: plain parameters whose gradients are summed, as `sync` does it.
         buckets: the other parameters, in parts over a data axis.
         where: for a name in a bucket that bucket, and its place there.
         ties: plain parameters that other stages have as well, whose gradients are summed over those stages.
@@ -44,14 +45,23 @@ class Reduction:
             else:
                 self.plain[name] = param
                 sums[name] = axes
-        self.buckets: list[FlatBucket] = make_buckets(flat, self._block_of, self.plan.bucket_bytes)
+        limit, first = self.plan.bucket_bytes, FIRST_BYTES if self.plan.zero < 3 else None
+        self.buckets: list[FlatBucket] = make_buckets(flat, self._block_of, limit, first)
         self.where = {n: (b, i) for b in self.buckets for i, n in enumerate(b.names)}
         trained = [(p, sums[n]) for n, p in self.plain.items() if p.requires_grad]
-        self.sync = GradientSync(trained, self.plan.bucket_bytes)
+        self.summed = summed_buckets(trained, limit)
+        use = {p: i for i, p in enumerate(model.params.values())}
+        scattered: list[ScatteredBucket] = []
         if self.plan.zero == 3:
             model.gather_buckets(self.buckets)
         else:
             self._flatten()
+            scattered = [
+                ScatteredBucket(b, [model.params[n] for n in b.names], frees=self.plan.zero == 2) for b in self.buckets
+            ]
+        # One queue for all, because some share a group. A bucket is full when its first used parameter is reached.
+        full = sorted([*self.summed, *scattered], key=lambda bucket: -min(use[p] for p in bucket.params))
+        self.sync = GradientSync(full)
 
     @property
     def ties(self) -> list[nn.Parameter]:
@@ -95,7 +105,10 @@ class Reduction:
     def finish(self) -> None:
         """Send what has not been sent, and wait until every gradient is summed."""
         self.sync.finish()
-        self._reduce_flat()
+        if self.plan.zero == 3:
+            for bucket in self.buckets:
+                bucket.give(bucket.shard.grad)
+                bucket.shard.grad = None
         for name, group in sorted(self._groups.items()):
             param = self.plain.get(name)
             if param is None or not param.requires_grad:
@@ -105,24 +118,6 @@ class Reduction:
             assert self.split.pipeline is not None
             self.split.pipeline.record("all_reduce", param.grad.numel() * param.grad.element_size())
             dist.all_reduce(param.grad, group=group)
-
-    def _reduce_flat(self) -> None:
-        for bucket in self.buckets:
-            if self.plan.zero == 3:
-                grad = bucket.shard.grad
-                bucket.shard.grad = None
-            else:
-                flat = bucket.shard.new_zeros(bucket.length)
-                for view, name in zip(bucket.views(flat), bucket.names, strict=True):
-                    param = self.model.params[name]
-                    if param.grad is not None:
-                        view.copy_(param.grad)
-                    param.grad = None
-                grad = bucket.reduce(flat)
-            for i, name in enumerate(bucket.names):
-                low, high = bucket.span(i)
-                if high > low:
-                    bucket.pieces[name].grad = None if grad is None else grad[low:high]
 
     def after_update(self) -> None:
         """ZeRO 1 and 2: fetch the parts that other ranks updated."""

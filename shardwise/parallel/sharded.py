@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
+from shardwise.parallel.data import Bucket, by_size, take_gradient
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.program import attribute_name
 
@@ -60,6 +61,13 @@ class FlatBucket:
         """The parameters within a flat tensor."""
         return [flat[a : a + s.numel()].view(s) for a, s in zip(self.starts, self.shapes, strict=True)]
 
+    def give(self, grad: Tensor | None) -> None:
+        """Hand each piece its part of this rank's part of the gradient."""
+        for i, name in enumerate(self.names):
+            low, high = self.span(i)
+            if high > low:
+                self.pieces[name].grad = None if grad is None else grad[low:high]
+
     def gather(self) -> Tensor:
         """The flat tensor of all ranks' parts."""
         if self.full is None:
@@ -72,42 +80,93 @@ class FlatBucket:
 
     def reduce(self, flat: Tensor) -> Tensor:
         """This rank's part of a sum over the axis."""
+        return self.reducing(flat).wait()
+
+    def reducing(self, flat: Tensor) -> Reducing:
+        """Start to sum over the axis."""
         self.axis.record("reduce_scatter", flat.numel() * flat.element_size())
         out = flat.new_empty(self.part)
-        dist.reduce_scatter(out, list(flat.chunk(self.axis.size)), group=self.axis.group)
-        for axis in self.also:
-            axis.record("all_reduce", out.numel() * out.element_size())
-            dist.all_reduce(out, group=axis.group)
-        return out
+        parts = list(flat.chunk(self.axis.size))
+        return Reducing(self, dist.reduce_scatter(out, parts, group=self.axis.group, async_op=True), out)
+
+
+@dataclass(frozen=True, eq=False)
+class Reducing:
+    """A sum that is under way."""
+
+    bucket: FlatBucket
+    work: Any
+    out: Tensor
+
+    def wait(self) -> Tensor:
+        """This rank's part of the sum, also over the further axes."""
+        self.work.wait()
+        for axis in self.bucket.also:
+            axis.record("all_reduce", self.out.numel() * self.out.element_size())
+            dist.all_reduce(self.out, group=axis.group)
+        return self.out
+
+
+class ScatteredBucket(Bucket):
+    """Gradients of which each rank gets its part of the sum (reduce-scatter): ZeRO 1 and 2.
+
+    Args:
+        flat_bucket: the parameters in parts.
+        params: the whole parameters, in its order.
+        frees: gives up whole gradients when they are summed, and makes room for them anew in each step (ZeRO-2).
+    """
+
+    def __init__(self, flat_bucket: FlatBucket, params: list[nn.Parameter], *, frees: bool) -> None:
+        super().__init__(params)
+        self.flat_bucket, self.frees = flat_bucket, frees
+        self.views: list[Tensor] | None = None
+        self._sum: Reducing | None = None
+
+    def collect(self, i: int) -> None:
+        if self.views is None:
+            self.flat = self.flat_bucket.shard.new_zeros(self.flat_bucket.length)
+            self.views = self.flat_bucket.views(self.flat)
+        take_gradient(self.params[i], self.views[i])
+
+    def send(self) -> None:
+        self._sum = self.flat_bucket.reducing(self.flat)
+
+    def wait(self) -> None:
+        assert self._sum is not None
+        self.flat_bucket.give(self._sum.wait())
+        self._sum = None
+        for param in self.params:
+            param.grad = None
+        if self.frees:
+            self.views = None
+            del self.flat
 
 
 def make_buckets(
-    params: Sequence[tuple[str, nn.Parameter, Axis, tuple[Axis, ...]]], groups: Callable[[str], Hashable], limit: int
+    params: Sequence[tuple[str, nn.Parameter, Axis, tuple[Axis, ...]]],
+    groups: Callable[[str], Hashable],
+    limit: int,
+    first: int | None = None,
 ) -> list[FlatBucket]:
-    """Buckets of parameters that are used together.
+    """Buckets of parameters that are used together, in the order in which backward reaches them.
 
     Args:
         params: (name, local parameter, axis that cuts it, further axes to sum over), in order of use.
         groups: the block that a parameter belongs to; a bucket holds parameters of one block.
         limit: bytes of a bucket, about.
+        first: bytes of the first bucket, where it is to be smaller than the others.
     """
+    runs: list[tuple[Any, list[tuple[str, nn.Parameter]]]] = []
+    for name, param, axis, also in reversed(params):
+        key = (groups(name), axis, also, param.dtype)
+        if not runs or runs[-1][0] != key:
+            runs.append((key, []))
+        runs[-1][1].append((name, param))
     found: list[FlatBucket] = []
-    run: list[tuple[str, nn.Parameter]] = []
-    key: Any = None
-    size = 0
-
-    def close() -> None:
-        if run:
-            found.append(_bucket(run, key[1], key[2]))
-
-    for name, param, axis, also in params:
-        mine = (groups(name), axis, also, param.dtype)
-        if mine != key or size > limit:
-            close()
-            run, key, size = [], mine, 0
-        run.append((name, param))
-        size += param.numel() * param.element_size()
-    close()
+    for (_, axis, also, _), members in runs:
+        sizes = [p.numel() * p.element_size() for _, p in members]
+        for chunk in by_size(sizes, limit, limit if found or first is None else first):
+            found.append(_bucket([members[i] for i in reversed(chunk)], axis, also))
     return found
 
 

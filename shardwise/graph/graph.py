@@ -208,6 +208,8 @@ class Graph:
         if isinstance(size, int):
             return Size(size)
         expression = size.node.expr
+        if not expression.free_symbols:
+            return Size(int(expression))
         coefficient, rest = expression.as_coeff_Mul()
         power = 0
         for base, exponent in rest.as_powers_dict().items():

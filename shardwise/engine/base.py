@@ -139,7 +139,8 @@ class Engine(ABC):
             dist.all_reduce(total)
         norm = math.sqrt(float(total))
         limit = self.job.clip_norm
-        if limit is not None and norm > limit:
+        # A stage may have no parameters.
+        if grads and limit is not None and norm > limit:
             torch._foreach_mul_([grad for _, grad, _ in grads], limit / (norm + 1e-6))
         return norm
 

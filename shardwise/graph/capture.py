@@ -311,7 +311,8 @@ def _batch_symbols(graph: fx.Graph, inputs: list[str]) -> frozenset[str]:
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in inputs:
             value = node.meta["val"]
-            if value.ndim and isinstance(value.shape[0], torch.SymInt):
+            # A size that the model turned into a number is a constant expression.
+            if value.ndim and isinstance(value.shape[0], torch.SymInt) and value.shape[0].node.expr.free_symbols:
                 found.add(str(value.shape[0].node.expr))
     return frozenset(found)
 

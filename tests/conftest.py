@@ -102,6 +102,7 @@ def compare(
         if mutation is not None:
             mutation(patch)
         engine = parallelize(job, plan, dtype=torch.float64)
+        engine.measures_norm = True
         for batch, size in zip(batches, sizes, strict=True):
             seen, updating = Collectives(), Collectives()
             with seen:

@@ -45,7 +45,8 @@ class Engine(ABC):
         mesh: the device mesh.
         optimizer, scheduler: the user's, over this rank's parameters.
         steps: updates made so far.
-        grad_norm: 2-norm of the last step's whole gradient, before clipping; None before the first step.
+        grad_norm: 2-norm of the last step's whole gradient, before clipping; None where it was not measured.
+        measures_norm: whether steps measure it for a job that does not clip by it; at first they do not.
     """
 
     job: Job
@@ -61,6 +62,7 @@ class Engine(ABC):
     def __init__(self) -> None:
         self.steps = 0
         self.grad_norm: float | None = None
+        self.measures_norm = False
         self._fed: Share | None = None
         self._traffic: list[Traffic] = []
 
@@ -130,8 +132,14 @@ class Engine(ABC):
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _needs_norm(self) -> bool:
+        return self.measures_norm or self.job.clip_norm is not None
+
     def _clip(self) -> float | None:
         """Scale gradients to the job's norm. The norm is of the whole gradient, each entry counted once."""
+        if not self._needs_norm:
+            return None
         grads = list(self._reduction.grads())
         total = squared_norm([(grad, share) for _, grad, share in grads], self.device)
         if dist.is_initialized() and self.plan.ranks > 1:

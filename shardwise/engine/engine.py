@@ -143,7 +143,7 @@ class GraphEngine(Engine):
 
     def announced(self, total: int | None = None) -> list[Traffic]:
         total = self.job.global_batch if total is None else total
-        return announce(self._reduction, total)
+        return announce(self._reduction, total, norm=self._needs_norm)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._whole.state_dict()

@@ -274,6 +274,7 @@ def _compare_one(task: _Task, engine: Engine, place: Place) -> _Found:
     norms: list[float] = []
     grads: list[dict[str, Tensor]] = []
     recorded: list[Traffic] = []
+    engine.measures_norm = True
     for batch in first_batches(engine.job, task.steps):
         seen = Collectives()
         with seen:

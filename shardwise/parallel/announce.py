@@ -19,8 +19,14 @@ from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket, unshard
 
 
-def announce(reduction: Reduction, total: int) -> list[Traffic]:
-    """The collectives of one step of `total` samples on this rank: kind, axis, count and bytes handed in."""
+def announce(reduction: Reduction, total: int, *, norm: bool) -> list[Traffic]:
+    """The collectives of one step of `total` samples on this rank: kind, axis, count and bytes handed in.
+
+    Args:
+        reduction: how gradients are summed.
+        total: samples of the step.
+        norm: whether the step measures the gradient's norm.
+    """
     recorder, model = Recorder(), reduction.model
     split = model.split
     micros = split.micros(total)
@@ -39,7 +45,7 @@ def announce(reduction: Reduction, total: int) -> list[Traffic]:
         for tensor in reduction.ties:
             recorder.add("all_reduce", pipeline.name, tensor.numel() * tensor.element_size())
         recorder.add("all_reduce", pipeline.name, torch.float64.itemsize)
-    if split.plan.ranks > 1:
+    if norm and split.plan.ranks > 1:
         recorder.add("all_reduce", "all", torch.float64.itemsize)
     return recorder.take()
 

@@ -267,11 +267,8 @@ def _random(call: Call) -> fx.Node:
     out = call.op.context.out
     states = call.out_states(out)
     if call.op.name == "shardwise.dropout" and not e.exact_dropout:
-        part = 0  # ranks that hold the same part drop the same
-        for axis, state in zip(w.axes, states, strict=True):
-            if axis is not None and isinstance(state, Cut):
-                part = part * axis.size + axis.rank
-        return w.call(lower.dropout_per_rank, call.args["0"], call.args["1"], call.args["2"], w.key, part, w.first)
+        part = w.part(states)
+        return w.call(lower.dropout_per_rank, call.args["0"], call.args["1"], call.args["2"], w.key, *part)
     span = w.span(out.value, states)
     if call.op.name == "shardwise.dropout":
         return w.call(lower.dropout, call.args["0"], call.args["1"], call.args["2"], w.key, span)

@@ -142,6 +142,22 @@ class Writer:
             start += size * index
         return start
 
+    def part(self, states: Sequence[State]) -> tuple[int, Number]:
+        """Which part of a tensor this rank has, the same number on ranks that have copies; and its first sample.
+
+        The sample is that of the micro-batch, and 0 for what is the same in all of them.
+        """
+        part = 0
+        first: Number = 0
+        for axis, state in zip(self.axes, states, strict=True):
+            if not isinstance(state, Cut):
+                continue
+            if axis is None:
+                first = self.first
+            else:
+                part = part * axis.size + axis.rank
+        return part, first
+
     def span(self, value: Value, states: Sequence[State]) -> Any:
         """For each position its leaves as (start, size here, whole size); see `lower.Span`."""
         return tuple(

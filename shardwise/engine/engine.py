@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from shardwise.engine.base import Engine
 from shardwise.engine.evaluate import Evaluation
 from shardwise.engine.feed import Feeder, cast
+from shardwise.engine.module import ModuleEngine
 from shardwise.engine.optimize import build_optimizer, check_elementwise
 from shardwise.engine.whole import Whole
-from shardwise.errors import JobError, PlanError
+from shardwise.errors import CaptureError, JobError, PlanError
 from shardwise.graph import random
 from shardwise.graph.graph import Graph
 from shardwise.job import Batch, Job
@@ -152,20 +153,34 @@ class GraphEngine(Engine):
         return self._whole.gradients()
 
 
-def parallelize(job: Job, plan: Plan, *, dtype: torch.dtype | None = None, module: nn.Module | None = None) -> Engine:
+def parallelize(
+    job: Job,
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None = None,
+    module: nn.Module | None = None,
+    graph: Graph | None = None,
+) -> Engine:
     """A job under a plan, on this rank of an initialised process group.
+
+    Where the model does not capture, the module runs as it is: split by samples, or by layers where it is a Sequential.
 
     Args:
         job: what to train.
         plan: how it is split; its ranks must be the process group's.
         dtype: runs everything in this dtype (float64 for proofs); None leaves the model's own.
         module: the module, if it has been built; its parameters are the initial weights.
+        graph: the job's, if it has been captured.
 
     Raises:
-        PlanError: the plan does not fit the ranks, the model or the batch.
-        CaptureError: the model does not capture.
+        PlanError: the plan does not fit the ranks, the model or the batch; or the model does not capture, and the plan
+            splits more than samples or layers.
     """
-    return GraphEngine(job, plan, dtype=dtype, module=module)
+    try:
+        return GraphEngine(job, plan, dtype=dtype, module=module, graph=graph)
+    except CaptureError as error:
+        why = str(error)
+    return ModuleEngine(job, plan, why=why, dtype=dtype, module=module)
 
 
 def _let_go(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from shardwise.errors import PlanError
 from shardwise.job import Batch, batch_size, batch_tensors, map_batch
 from shardwise.parallel.hybrid import Split
+from shardwise.plan.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,20 +71,25 @@ class Feeder:
         return dict(zip(self.split.graph.captured.inputs, batch_tensors(share.batch), strict=True))
 
     def _check(self, total: int) -> None:
-        plan = self.split.plan
-        ranks = 1
-        for axis in plan.axes:
-            if "batch" in axis.dims:
-                ranks *= axis.size
-        parts = plan.micro_batches * ranks
-        if total < parts:
-            raise PlanError(
-                f"a batch of {total} samples cannot be cut into {parts} parts "
-                f"({plan.micro_batches} micro-batches on {ranks} data ranks); give at least {parts} samples"
-            )
+        check_parts(self.split.plan, total)
         fixed = self.split.graph.captured.fixed_batch
         if fixed is not None and total != fixed:
             raise PlanError(f"the model fixes its batch at {fixed} samples, but a batch has {total}")
+
+
+def check_parts(plan: Plan, total: int) -> None:
+    """Check that every micro-batch of every rank has a sample.
+
+    Raises:
+        PlanError: a batch of `total` samples is too small.
+    """
+    ranks = math.prod(axis.size for axis in plan.axes if "batch" in axis.dims)
+    parts = plan.micro_batches * ranks
+    if total < parts:
+        raise PlanError(
+            f"a batch of {total} samples cannot be cut into {parts} parts "
+            f"({plan.micro_batches} micro-batches on {ranks} data ranks); give at least {parts} samples"
+        )
 
 
 def cast(batch: Batch, dtype: torch.dtype) -> Batch:

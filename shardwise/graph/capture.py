@@ -164,7 +164,8 @@ def capture(
         except CaptureError as error:
             why = error
     if why is not None:
-        _check_that_it_runs(job, batch)
+        # In the job's own dtype, which the batch that was given may not have.
+        _check_that_it_runs(job, job.batch(range(min(2, job.global_batch))))
         raise why
     captured = _collect(exported, wrapper, tensors, samples)
     wrapper.train()

@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.graph import random
 
+_OPERATORS = 1 << 20
+"""More operators than a pass draws random numbers with."""
+
 
 class Lifted(TorchDispatchMode):
     """Operators that name a floating-point dtype, or read a tensor of one, get `dtype` in its place."""
@@ -52,33 +55,39 @@ class Numbers:
     A tensor's samples are found by their number: along the first dim of that size, or else merged into dim 0. Where
     there are none, and the tensor is not one number or row for all, each rank draws its own.
 
-    Operators are counted in torch's own generator, which activation checkpointing winds back before it runs a part
-    again; so the caller forks it (`torch.random.fork_rng`). Draws that are not placed come from there too, other ones
-    on each rank.
+    Micro-batch and operator are counted in torch's own generator, which activation checkpointing winds back before it
+    runs a part again; so the caller forks it (`torch.random.fork_rng`). Draws that are not placed come from there too,
+    other ones on each rank.
 
     Args:
         seed: the job's.
         step: updates made so far.
-        rows: the samples that the module runs on; None for all of them.
+        rows: the samples of each micro-batch; None for one that has all.
+        evaluating: whether no update is made, so that training is not seen again.
     """
 
-    def __init__(self, seed: int, step: int, rows: Rows | None = None) -> None:
-        self._key = random.stream(seed, step, 0)
+    def __init__(self, seed: int, step: int, rows: Sequence[Rows] | None = None, *, evaluating: bool = False) -> None:
+        self._key = random.stream(seed, step, int(evaluating))
         self._rows = rows
-        self._start = random.stream(self._key, 1, rows.first if rows else 0) << 24
-        torch.manual_seed(self._start)
+        self._start = random.stream(self._key, 1, rows[0].first if rows else 0) << 31
+        self.begin(0)
+
+    def begin(self, micro: int) -> None:
+        """The first operator of a micro-batch comes."""
+        torch.manual_seed(self._start + micro * _OPERATORS)
 
     def next(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
         """The positions of a tensor, and the key of the operator that comes."""
-        operator = torch.default_generator.initial_seed() - self._start
-        torch.default_generator.manual_seed(self._start + operator + 1)
+        seed = torch.default_generator.initial_seed()
+        torch.default_generator.manual_seed(seed + 1)
+        micro, operator = divmod(seed - self._start, _OPERATORS)
         key = random.stream(self._key, 0, operator)
-        rows = self._rows
+        rows = self._rows[micro] if self._rows else None
         if rows is None or rows.count == rows.total or not shape:
             return random.positions(shape, None, shape, device), key
         at = next((d for d, size in enumerate(shape) if size == rows.count), 0)
         if shape[at] % rows.count:
-            own = key if shape[0] == 1 else random.stream(key, 0, rows.first)
+            own = key if shape[0] == 1 else random.stream(key, 1, rows.first)
             return random.positions(shape, None, shape, device), own
         each = shape[at] // rows.count
         axes = [torch.arange(size, device=device) for size in shape]

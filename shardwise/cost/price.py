@@ -27,7 +27,8 @@ class Message(NamedTuple):
     def seconds(self, device: Device) -> float:
         """Time of rings: an all-reduce is a reduce-scatter and an all-gather (Thakur et al., 2005)."""
         part = (self.ranks - 1) / self.ranks
-        times = {"all_reduce": 2 * part, "all_to_all": part / self.ranks, "send": 1.0}.get(self.kind, part)
+        rings = {"all_reduce": 2 * part, "all_to_all": part / self.ranks, "send": 1.0}
+        times = rings.get(self.kind, part) * (1.0 if self.kind in ("all_reduce", "send") else device.excess)
         steps = 2 if self.kind == "all_reduce" else 1
         return self.calls * steps * device.latency + times * self.size / device.link
 

@@ -42,7 +42,8 @@ def choose_dims(
     """The groups that lower the price when they are added in turn, those first that send least for what they save.
 
     The order matters twice: an operator takes the first dim that it has, and a dim of the residual stream saves as much
-    work as heads and feed-forward width together, but sends after every operator.
+    work as heads and feed-forward width together, but sends after every operator. What a later group made a loss is
+    taken out again.
     """
     whole = price(())
 
@@ -52,11 +53,20 @@ def choose_dims(
         sent = alone["communication"] - whole["communication"]
         return saved / sent if sent > 0 else math.inf if saved > 0 else 0.0
 
+    def total(groups: tuple[tuple[str, ...], ...]) -> float:
+        return sum(price(tuple(dim for group in groups for dim in group)).values())
+
     ordered = sorted(candidates, key=lambda g: (all(n.startswith(SEQUENCE) for n in g), -worth(g)))
-    chosen: tuple[str, ...] = ()
+    chosen: tuple[tuple[str, ...], ...] = ()
     best = sum(whole.values())
     for group in ordered:
-        now = sum(price(chosen + group).values())
+        now = total((*chosen, group))
         if now < best:
-            chosen, best = chosen + group, now
-    return chosen
+            chosen, best = (*chosen, group), now
+    while chosen:
+        fewer = [tuple(g for g in chosen if g is not out) for out in chosen]
+        now, cheapest = min((total(groups), groups) for groups in fewer)
+        if now >= best:
+            break
+        chosen, best = cheapest, now
+    return tuple(dim for group in chosen for dim in group)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shardwise.errors import PlanError
+from shardwise.parallel import channels
 from shardwise.parallel.defer import Tape
 from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.schedule import Action, actions, check, orders
@@ -76,6 +77,21 @@ def test_schedules_compute_what_one_device_does(pool: Pool, name: str, schedule:
     job = ZOO[name]()
     plan = Plan((pipeline(),), cuts(job, stages), micro_batches=micro, schedule=schedule)
     for found in pool(2).run(compare, job, plan):
+        assert found.worst < 1e-12, found
+
+
+def in_order_alone(patch: pytest.MonkeyPatch) -> None:
+    """Messages as NCCL knows them: without tags, the n-th that is sent is the n-th that is received."""
+    patch.setattr(channels, "has_tags", lambda device: False)
+    patch.setattr(channels.Channels, "_tag", lambda *given: 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "stages"), [("1f1b", 2), ("gpipe", 4), ("interleaved", 4), ("zero-bubble", 4)])
+def test_channels_need_no_tags(pool: Pool, schedule: str, stages: int) -> None:
+    job = ZOO["skip_regressor"]()
+    plan = Plan((pipeline(),), cuts(job, stages), micro_batches=4, schedule=schedule)
+    for found in pool(2).run(compare, job, plan, 2, (), in_order_alone):
         assert found.worst < 1e-12, found
 
 

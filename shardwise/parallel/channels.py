@@ -35,7 +35,7 @@ class Channels:
     def __init__(self, mesh: Mesh, axis: Axis | None, stages: int, device: torch.device) -> None:
         self.axis, self.stages, self.device = axis, stages, device
         self._groups: dict[tuple[str, int], dist.ProcessGroup] = {}
-        if axis is not None and axis.group is not None and device.type != "cpu":
+        if axis is not None and axis.group is not None and not has_tags(device):
             self._open(mesh, axis)
 
     def _open(self, mesh: Mesh, axis: Axis) -> None:
@@ -83,3 +83,8 @@ class Channels:
 
     def _tag(self, kind: str, to: int, m: int, n: int) -> int:
         return ((m * self.stages + to) * 2 + (kind == "B")) * _MOST_TENSORS + n
+
+
+def has_tags(device: torch.device) -> bool:
+    """Whether messages of a device's tensors are told apart by tags."""
+    return device.type == "cpu"

@@ -216,6 +216,11 @@ def a_plan(draw: Any, graph: Graph, ranks: int) -> Plan:
             changes = {"cuts": tuple(learned[i] for i in at), "schedule": draw(st.sampled_from(schedules))}
     if "data" in chosen:
         changes["zero"] = draw(st.sampled_from([0, 1, 2, 3]), label="zero")
+    if changes.get("schedule") != "zero-bubble" and draw(st.integers(0, 3), label="recompute") == 0:
+        blocks = sorted({op.module for op in graph.ops if op.module})
+        changes["recompute"] = (draw(st.sampled_from(["*", *blocks]), label="block"),)
+    elif changes.get("schedule") == "zero-bubble":
+        changes["zero"] = min(changes.get("zero", 0), 2)
     return Plan(tuple(axes), micro_batches=micro, bucket_bytes=draw(st.sampled_from([64, 100_000])), **changes)
 
 
@@ -228,6 +233,7 @@ def check(pool: Pool, tokens: bool, spec: Spec, loss: str, plan: Plan) -> None:
         else:
             assert isinstance(errors, Errors)
             assert errors.worst < 1e-9, errors
+            assert errors.traffic == ""
 
 
 @settings(max_examples=15)

@@ -57,7 +57,10 @@ def _program(recorder: Recorder, model: RankModel, program: Program, micro: Micr
             if axis.group is None:
                 continue
             dtype, times = more or (value.dtype, 1)
-            size = _numel(model.split.local_shape(value, states, micro.samples)) * times
+            # Unequal parts travel as large as the first, and what is to be scattered as such parts.
+            parts = axis if kind in ("all_gather", "reduce_scatter") else None
+            size = _numel(model.split.local_shape(value, states, micro.samples, parts)) * times
+            size *= axis.size if kind == "reduce_scatter" else 1
             recorder.add(kind, axis.name, size * model.dtype(dtype).itemsize)
 
 

@@ -57,7 +57,7 @@ def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
     if axis.group is None:
         return x
     seen = split_view(x, pos, lead, sizes[axis.rank]).movedim(pos + 1, 0).contiguous()
-    axis.record("all_gather", seen.numel() * seen.element_size())
+    axis.record("all_gather", seen[:1].numel() * max(sizes) * seen.element_size())
     if len(set(sizes)) == 1:
         out = seen.new_empty((axis.size, *seen.shape))
         dist.all_gather(list(out.unbind(0)), seen, group=axis.group)
@@ -70,10 +70,7 @@ def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
 
 
 def _gather_unequal(parts: list[Tensor], mine: Tensor, axis: Axis) -> None:
-    """All-gather of unequal parts: padded to the largest, because not every backend takes unequal sizes."""
-    largest = max(p.shape[0] for p in parts)
-    padded = mine.new_zeros((largest, *mine.shape[1:]))
-    padded[: mine.shape[0]] = mine
+    padded = _padded(mine, max(p.shape[0] for p in parts))
     out = [torch.empty_like(padded) for _ in parts]
     dist.all_gather(out, padded, group=axis.group)
     for part, got in zip(parts, out, strict=True):
@@ -85,16 +82,17 @@ def sum_parts(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tenso
     if axis.group is None:
         return x
     seen = split_view(x, pos, lead, sum(sizes)).movedim(pos + 1, 0).contiguous()
-    axis.record("reduce_scatter", seen.numel() * seen.element_size())
-    parts = list(seen.split(list(sizes)))
-    if len(set(sizes)) == 1:
-        out = torch.empty_like(parts[0])
-        dist.reduce_scatter(out, parts, group=axis.group)
-    else:
-        whole = seen if seen.data_ptr() != x.data_ptr() else seen.clone()
-        dist.all_reduce(whole, group=axis.group)
-        out = whole.split(list(sizes))[axis.rank]
-    return merge_view(out.movedim(0, pos + 1), pos)
+    largest = max(sizes)
+    parts = [_padded(part, largest) for part in seen.split(list(sizes))]
+    out = torch.empty_like(parts[0])
+    axis.record("reduce_scatter", out.numel() * out.element_size() * axis.size)
+    dist.reduce_scatter(out, parts, group=axis.group)
+    return merge_view(out[: sizes[axis.rank]].movedim(0, pos + 1), pos)
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """`x` with zeros behind, because not every backend takes unequal parts."""
+    return x if x.shape[0] == length else torch.cat([x, x.new_zeros((length - x.shape[0], *x.shape[1:]))])
 
 
 def exchange_parts(

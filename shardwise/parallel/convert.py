@@ -52,7 +52,7 @@ class Converter:
                 before = tuple(now)
                 node = w.call(c.gather, node, w.axis(a), *w.geometry(value, now, a, old), varies)
                 now[a] = whole
-                back = ("reduce_scatter", tuple(now)) if varies else None
+                back = ("reduce_scatter", before) if varies else None
                 _announce(node, value, axis, ("all_gather", before), back)
             elif isinstance(old, Cut) and isinstance(new, Cut):
                 source, before = w.geometry(value, now, a, old), tuple(now)
@@ -81,12 +81,11 @@ class Converter:
             elif old == new and not (is_param and isinstance(new, Whole)):
                 continue
             elif old == PARTIAL and isinstance(new, Cut):
-                before = tuple(now)
                 now[a] = WHOLE
                 node = w.call(c.reduce_scatter, node, w.axis(a), *w.geometry(value, now, a, new))
                 now[a] = new
                 back = ("all_gather", tuple(now)) if grad else None
-                _announce(node, value, axis, ("reduce_scatter", before), back)
+                _announce(node, value, axis, ("reduce_scatter", tuple(now)), back)
             elif isinstance(old, Whole) and isinstance(new, Cut):
                 now[a] = WHOLE
                 pads = is_param or not grad
@@ -124,7 +123,10 @@ class Converter:
 def _announce(
     node: fx.Node, value: Value, axis: Axis, forward: tuple[str, States] | None, backward: tuple[str, States] | None
 ) -> None:
-    """Note what a node sends in forward and answers in backward: (kind, the states that the tensor is handed in)."""
+    """Note what a node sends in forward and answers in backward: (kind, the states that the tensor is handed in).
+
+    Of a reduce-scatter they are the states that it comes out in.
+    """
     for when, what in (("sends", forward), ("answers", backward)):
         if what is not None:
             node.meta[when] = [(what[0], axis, value, what[1])]

@@ -75,9 +75,10 @@ class Split:
         count = self.plan.micro_batches
         return [Micro(lower.chunk(total, count, m), lower.chunk_start(total, count, m), total) for m in range(count)]
 
-    def chain(self, states: Sequence[State], cut: Cut) -> list[tuple[int, int]]:
-        """The mesh cuts of one leaf, outermost first."""
-        return [(x.size, x.rank) for x, s in zip(self.axes, states, strict=True) if x is not None and s == cut]
+    def chain(self, states: Sequence[State], cut: Cut, first: Axis | None = None) -> list[tuple[int, int]]:
+        """The mesh cuts of one leaf, outermost first: parts, and this rank's, or the first one's along axis `first`."""
+        cuts = (x for x, s in zip(self.axes, states, strict=True) if x is not None and s == cut)
+        return [(x.size, 0 if x is first else x.rank) for x in cuts]
 
     def rows(self, value: Value, micro: Micro) -> tuple[int, int]:
         """Which samples of the step this rank needs of a batch tensor, for one micro-batch."""
@@ -85,10 +86,15 @@ class Split:
         start = micro.first + lower.local_start(micro.samples, chain)
         return start, start + lower.local_count(micro.samples, chain)
 
-    def local_shape(self, value: Value, states: States, samples: int) -> tuple[int, ...]:
-        """The shape of a tensor on this rank, for a micro-batch of `samples` over all ranks."""
+    def local_shape(
+        self, value: Value, states: States, samples: int, first: Axis | None = None
+    ) -> tuple[int, ...]:
+        """The shape of a tensor on this rank, for a micro-batch of `samples` over all ranks.
+
+        With an axis `first` on the first rank along it, which has the largest part where samples do not divide.
+        """
         return tuple(
-            math.prod(self._leaf_size(value, Cut(pos, k), states, samples) for k in range(len(dim.leaves())))
+            math.prod(self._leaf_size(value, Cut(pos, k), states, samples, first) for k in range(len(dim.leaves())))
             for pos, dim in enumerate(value.dims)
         )
 
@@ -96,9 +102,11 @@ class Split:
         """The size on this rank of what lies before a leaf in its position."""
         return math.prod(self._leaf_size(value, Cut(cut.pos, k), states, samples) for k in range(cut.leaf))
 
-    def _leaf_size(self, value: Value, leaf: Cut, states: Sequence[State], samples: int) -> int:
+    def _leaf_size(
+        self, value: Value, leaf: Cut, states: Sequence[State], samples: int, first: Axis | None = None
+    ) -> int:
         size = value.dims[leaf.pos].leaves()[leaf.leaf].size
-        chain = self.chain(states, leaf)
+        chain = self.chain(states, leaf, first)
         if size == BATCH:
             return lower.local_count(samples, chain)
         return size.at(samples) // math.prod(parts for parts, _ in chain)

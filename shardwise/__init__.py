@@ -87,7 +87,6 @@ def plan(job: Job, ranks: int) -> Plan:
 
     Raises:
         PlanError: no plan fits.
-        CaptureError: the model does not capture.
     """
     from shardwise.search.choose import choose
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import sys
@@ -15,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardwise.errors import CaptureError, JobError, PlanError, ProofError, ShardwiseError, UserError
+from shardwise.errors import JobError, PlanError, ProofError, ShardwiseError, UserError
 
 if TYPE_CHECKING:
     from shardwise.job import Job
@@ -194,11 +195,14 @@ def _plan(arguments: argparse.Namespace) -> Answer:
         for place, found in enumerate(chosen.ranked, 1):
             rows.append([str(place), found.strategy, found.plan.title(), duration(found.seconds), found.reason])
         print("\n" + table(rows, left=5))
+    for refused in chosen.refused:
+        print(f"\n{refused.strategy} does not apply: {refused.reason}")
     if arguments.out is not None:
         _write(arguments.out, chosen.plan.text())
         print(f"\nwritten to {arguments.out}")
     found = {"plan": json.loads(chosen.plan.to_json()), "text": chosen.plan.text(), "why": chosen.why}
-    return {**found, "ranked": [_ranked_dict(each) for each in chosen.ranked]}, 0
+    refusals = [{"strategy": each.strategy, "reason": each.reason} for each in chosen.refused]
+    return {**found, "ranked": [_ranked_dict(each) for each in chosen.ranked], "refused": refusals}, 0
 
 
 def _verify(arguments: argparse.Namespace) -> Answer:
@@ -239,12 +243,13 @@ def _env(arguments: argparse.Namespace) -> Answer:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A plan, why it is the one, the seconds of its terms, and what it was ranked against."""
+    """A plan, why it is the one, the seconds of its terms, what it was ranked against, and what does not apply."""
 
     plan: Plan
     why: str = ""
     terms: dict[str, float] | None = None
     ranked: tuple[Any, ...] = ()
+    refused: tuple[Any, ...] = ()
 
 
 def _job(arguments: argparse.Namespace) -> Job:
@@ -269,18 +274,12 @@ def _ranks(arguments: argparse.Namespace) -> int:
 
 
 def _choose(job: Job, ranks: int) -> _Choice:
-    from shardwise.engine.train import data_plan
-    from shardwise.graph.graph import Graph
-    from shardwise.search.choose import choose
+    from shardwise.search.choose import compared
 
     if job.samples() == 0:
         raise JobError("the dataset is empty; give it at least global_batch samples")
-    try:
-        graph = Graph.of(job)
-    except CaptureError as error:
-        return _Choice(data_plan(ranks, job), f"The batch alone is split, for the model does not capture: {error}")
-    ranked = tuple(choose(job, ranks, graph))
-    return _Choice(ranked[0].plan, ranked[0].reason, dict(ranked[0].terms), ranked)
+    ranked, refused = compared(job, ranks)
+    return _Choice(ranked[0].plan, ranked[0].reason, dict(ranked[0].terms), tuple(ranked), tuple(refused))
 
 
 def _read_plan(path: Path) -> Plan:
@@ -312,7 +311,8 @@ def _write(path: Path, text: str) -> None:
 def _ranked_dict(found: Any) -> dict[str, object]:
     plan = json.loads(found.plan.to_json())
     terms = dict(found.terms)
-    return {"strategy": found.strategy, "plan": plan, "seconds": found.seconds, "reason": found.reason, "terms": terms}
+    seconds = found.seconds if math.isfinite(found.seconds) else None
+    return {"strategy": found.strategy, "plan": plan, "seconds": seconds, "reason": found.reason, "terms": terms}
 
 
 def _row_dict(row: Any) -> dict[str, Any]:

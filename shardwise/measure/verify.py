@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shardwise.engine.base import Engine
-from shardwise.engine.engine import GraphEngine
+from shardwise.engine.engine import parallelize
 from shardwise.engine.launch import Place, Ranks, joined
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
@@ -22,7 +22,8 @@ from shardwise.measure.reference import Trace, run_reference
 from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan
-from shardwise.search.strategies import STRATEGIES, Candidate, strategies
+from shardwise.search.candidate import Candidate
+from shardwise.search.strategies import STRATEGIES, strategies
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """The largest error that passes, by the dtype of the run."""
@@ -92,7 +93,6 @@ def verify(
         timeout: seconds that each strategy may take.
 
     Raises:
-        CaptureError: the model does not capture.
         JobError: the dataset has too few samples.
         ProofError: the job does not run on one device.
     """
@@ -260,7 +260,7 @@ def _compare(task: _Task, plans: Sequence[Plan]) -> list[_Found | str]:
     with joined() as place:
         for plan in plans:
             try:
-                engine = GraphEngine(job, plan, dtype=task.dtype, module=job.build(), graph=graph)
+                engine = parallelize(job, plan, dtype=task.dtype, module=job.build(), graph=graph)
             except PlanError as error:
                 found.append(str(error))
                 continue

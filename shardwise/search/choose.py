@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
-from shardwise.search.strategies import STRATEGIES, Candidate, Maker
+from shardwise.search.candidate import Candidate
+from shardwise.search.strategies import STRATEGIES, Maker, maker_of
+from shardwise.search.uncaptured import ModuleMaker
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Ranked:
     Attributes:
         strategy: what it is called.
         plan: how to split.
-        seconds: of one step, as estimated.
-        terms: the same by term.
+        seconds: of one step, as estimated; NaN for a model that does not capture, whose plans are not ranked by it.
+        terms: the same by term; empty for such a model.
         reason: why it has its place.
     """
 
@@ -32,26 +35,31 @@ class Ranked:
 
 
 def choose(job: Job, ranks: int, graph: Graph | None = None) -> list[Ranked]:
-    """Plans for `ranks` ranks, the best first.
+    """Plans for `ranks` ranks, the best first; for a model that does not capture those that split most simply.
 
     Raises:
-        CaptureError: the model does not capture.
         PlanError: no strategy applies; the message has each one's reason.
     """
-    graph = graph if graph is not None else Graph.of(job)
-    maker = Maker(job, graph)
+    return compared(job, ranks, graph)[0]
+
+
+def compared(job: Job, ranks: int, graph: Graph | None = None) -> tuple[list[Ranked], list[Candidate]]:
+    """As `choose`; and the strategies that do not apply, with the reasons."""
+    maker = maker_of(job, graph)
     if ranks == 1:
-        plan = Plan(precision=job.precision, model=graph.fingerprint())
-        return [_ranked(maker, Candidate("one", plan, "one rank is not split"))]
+        return [_ranked(maker, Candidate("one", maker.one(), "one rank is not split"))], []
     found = [maker.candidate(strategy, ranks) for strategy in STRATEGIES]
-    ranked = sorted((_ranked(maker, c) for c in found if c.plan is not None), key=lambda r: r.seconds)
+    ranked = [_ranked(maker, c) for c in found if c.plan is not None]
+    if isinstance(maker, Maker):
+        ranked.sort(key=lambda r: r.seconds)
     if not ranked:
         reasons = "; ".join(f"{c.strategy}: {c.reason}" for c in found)
         raise PlanError(f"nothing splits {job.title()} over {ranks} ranks: {reasons}")
-    return ranked
+    return ranked, [c for c in found if c.plan is None]
 
 
-def _ranked(maker: Maker, candidate: Candidate) -> Ranked:
+def _ranked(maker: Maker | ModuleMaker, candidate: Candidate) -> Ranked:
     assert candidate.plan is not None
     terms = maker.price(candidate.plan)
-    return Ranked(candidate.strategy, candidate.plan, sum(terms.values()), terms, candidate.reason)
+    seconds = sum(terms.values()) if terms else math.nan
+    return Ranked(candidate.strategy, candidate.plan, seconds, terms, candidate.reason)

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import combinations
 
 from shardwise.cost.device import Device
 from shardwise.cost.price import price
-from shardwise.errors import PlanError
+from shardwise.errors import CaptureError, PlanError
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.machine.backend import Backend
 from shardwise.parallel.hybrid import Split, check_fixed_batch
 from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
+from shardwise.search.candidate import Candidate, NotApplicable, check_divides, factors, micro_batches
 from shardwise.search.dims import choose_dims, groups
 from shardwise.search.stages import balanced_cuts
+from shardwise.search.uncaptured import ModuleMaker
 
 STRATEGIES = ("data", "sharded", "tensor", "pipeline", "hybrid")
 _KINDS = ("pipeline", "data", "tensor")
 """What a hybrid is made of, outermost axis first: neighbouring ranks talk most."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A strategy's plan for a job.
-
-    Attributes:
-        strategy: one of STRATEGIES.
-        plan: None where the strategy does not apply.
-        reason: what the plan splits, or why the strategy does not apply.
-    """
-
-    strategy: str
-    plan: Plan | None
-    reason: str
-
-
-class NotApplicable(Exception):
-    """A strategy cannot split this job; the message says why."""
 
 
 def strategies(job: Job, ranks: int, graph: Graph | None = None) -> list[Candidate]:
@@ -52,13 +35,20 @@ def strategies(job: Job, ranks: int, graph: Graph | None = None) -> list[Candida
         graph: the job's, where it is captured already.
 
     Raises:
-        CaptureError: the model does not capture.
         PlanError: fewer than one rank.
     """
     if ranks < 1:
         raise PlanError(f"a plan needs at least 1 rank, but {ranks} are given")
-    maker = Maker(job, graph if graph is not None else Graph.of(job))
+    maker = maker_of(job, graph)
     return [maker.candidate(strategy, ranks) for strategy in STRATEGIES]
+
+
+def maker_of(job: Job, graph: Graph | None = None) -> Maker | ModuleMaker:
+    """What makes plans for a job: from its graph, or from its module where it does not capture."""
+    try:
+        return Maker(job, graph if graph is not None else Graph.of(job))
+    except CaptureError as error:
+        return ModuleMaker(job, str(error))
 
 
 class Maker:
@@ -116,6 +106,10 @@ class Maker:
         check_fixed_batch(self.graph, plan)
         return Split(self.graph, plan, Mesh.build([(a.name, a.size) for a in plan.axes], rank=0))
 
+    def one(self) -> Plan:
+        """The plan for one rank."""
+        return Plan(precision=self.job.precision, model=self.graph.fingerprint())
+
     def price(self, plan: Plan) -> dict[str, float]:
         """Seconds of one step by term."""
         return price(self.split(plan), self.job.global_batch, self.device)
@@ -128,9 +122,7 @@ class Maker:
             raise NotApplicable(f"the model fixes its batch at {fixed} samples, so the batch cannot be cut")
         if self.graph.batch_dim is None:
             raise NotApplicable("no input of the model has a dim of samples")
-        if total % ranks:
-            near = f"{total - total % ranks} or {total + ranks - total % ranks}" if total > ranks else f"{ranks}"
-            raise NotApplicable(f"the global batch of {total} samples does not divide by {ranks} ranks; take {near}")
+        check_divides(total, ranks)
 
     def _tensor_dims(self, ranks: int) -> tuple[str, ...]:
         if ranks in self._dims:
@@ -155,7 +147,7 @@ class Maker:
         if not cuts:
             raise NotApplicable(f"the model has fewer operators than {ranks} stages")
         plan = plan.with_(axes=tuple(axes), cuts=cuts)
-        for micros in _micro_batches(self.job.global_batch // data, ranks):
+        for micros in micro_batches(self.job.global_batch // data, ranks):
             try:
                 self.split(plan.with_(micro_batches=micros))
             except PlanError:
@@ -164,7 +156,7 @@ class Maker:
         return plan
 
     def _hybrid(self, ranks: int) -> Plan:
-        primes = _primes(ranks)
+        primes = factors(ranks)
         if len(primes) < 2:
             raise NotApplicable(f"{ranks} ranks are not a product of two axes; take 4, 6 or 8")
         kinds, refused = [], []
@@ -217,23 +209,6 @@ class Maker:
 def _kinds(axis: PlanAxis) -> str:
     """The kinds of dims that an axis splits: "heads, width"."""
     return ", ".join(dict.fromkeys(dim.partition("@")[0].partition("#")[0] for dim in axis.dims))
-
-
-def _micro_batches(samples: int, ranks: int) -> list[int]:
-    """Numbers of micro-batches worth trying, best first: enough to fill the pipeline, and equal ones."""
-    wanted = [n for n in (4 * ranks, 2 * ranks, ranks) if samples % n == 0]
-    others = [n for n in range(min(4 * ranks, samples), 1, -1) if samples % n == 0 and n not in wanted]
-    return wanted + others
-
-
-def _primes(number: int) -> list[int]:
-    found, rest, factor = [], number, 2
-    while rest > 1:
-        while rest % factor == 0:
-            found.append(factor)
-            rest //= factor
-        factor += 1
-    return found
 
 
 def _choices(kinds: list[str], count: int) -> list[tuple[str, ...]]:

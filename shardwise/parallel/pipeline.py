@@ -90,7 +90,7 @@ class Pipeline:
     channels: Channels
     before_last: Callable[[int], None] = lambda stage: None
     results: Sequence[str] = ("loss",)
-    _sent: list[tuple[Any, Tensor]] = field(default_factory=list)
+    _sent: dict[tuple[str, int, int], list[tuple[Any, Tensor]]] = field(default_factory=dict)
     _boxes: dict[tuple[str, int, int], list[tuple[Any, Tensor]]] = field(default_factory=dict)
     _local: dict[tuple[str, int, int], list[Tensor]] = field(default_factory=dict)
 
@@ -124,9 +124,8 @@ class Pipeline:
             if kind in "BW":
                 done = passes.pop((index, m))
                 done.tape.play(done.roots, done.grads)
-        for work, _ in self._sent:
-            work.wait()
-        self._sent.clear()
+        for key in list(self._sent):
+            self._arrived(key)
         return total
 
     # -- one action --------------------------------------------------------------------------------------------------
@@ -148,6 +147,8 @@ class Pipeline:
             flowing: list[tuple[str, Tensor | None]] = [(self.results[0], None)]
         else:
             got = self._receive("B", stage.index, m)
+            # What comes back answers what was sent, which need not be kept any longer.
+            self._arrived(("F", stage.index + 1, m))
             flowing = list(zip([c.name for c in stage.gives if c.grad], got, strict=True))
         flowing = [(name, grad) for name, grad in flowing if done.outputs[name].requires_grad]
         # Without anything received that has a gradient, the whole backward is the second half.
@@ -169,10 +170,14 @@ class Pipeline:
         if self.channels.here(to):
             self._local[kind, to, m] = list(tensors)
             return
-        for n, tensor in enumerate(tensors):
-            whole = tensor.contiguous()
-            # Kept until it has been sent.
-            self._sent.append((self.channels.send(kind, to, m, n, whole), whole))
+        self._sent = {key: sent for key, sent in self._sent.items() if not all(w.is_completed() for w, _ in sent)}
+        whole = [tensor.contiguous() for tensor in tensors]
+        # Kept until they have been sent.
+        self._sent[kind, to, m] = [(self.channels.send(kind, to, m, n, t), t) for n, t in enumerate(whole)]
+
+    def _arrived(self, key: tuple[str, int, int]) -> None:
+        for work, _ in self._sent.pop(key, ()):
+            work.wait()
 
     def _expect(self, soon: Sequence[Action], stages: dict[int, Stage]) -> None:
         """Post the receives of this action and the next ones."""

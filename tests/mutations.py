@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.engine import engine
+from shardwise.engine import base, engine
 from shardwise.engine.engine import GraphEngine
 from shardwise.graph import random
 from shardwise.graph.dims import BATCH
@@ -159,7 +159,7 @@ def gradients_sent_before_the_last_micro_batch(patch: Patch) -> None:
 
 
 def norm_of_a_shard_taken_for_the_whole(patch: Patch) -> None:
-    patch.setattr(engine, "dist", SimpleNamespace(is_initialized=lambda: False))
+    patch.setattr(base, "dist", SimpleNamespace(is_initialized=lambda: False))
 
 
 def replicated_parameters_counted_once_per_rank(patch: Patch) -> None:
@@ -170,7 +170,7 @@ def largest_entry_taken_for_the_norm(patch: Patch) -> None:
     def largest(plain: Any, grads: Iterable[tuple[Tensor, float]], device: Any) -> Tensor:
         return torch.stack([grad.abs().max() ** 2 * share for grad, share in grads]).max()
 
-    wrapped(patch, engine, "squared_norm", largest)
+    wrapped(patch, base, "squared_norm", largest)
 
 
 # --- tied weights, state, shards --------------------------------------------------------------------------------------

@@ -150,8 +150,8 @@ def test_a_plan_that_cannot_be_is_refused(given_: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1 must be 'shardwise plan 1'"),
-        ("shardwise plan 2\n", "line 1 must be 'shardwise plan 1'"),
+        ("", "a plan's first line is 'shardwise plan 1', but this one's is ''"),
+        ("shardwise plan 2\n", "first line is 'shardwise plan 1', but this one's is 'shardwise plan 2'"),
         ("shardwise plan 1\naxis data two batch\n", "line 2 of the plan needs a whole number, but has 'two'"),
         ("shardwise plan 1\n\nmicro-batches many\n", "line 3 of the plan needs a whole number, but has 'many'"),
         ("shardwise plan 1\naxis data\n", "line 2 of the plan, 'axis data', is not understood; a line starts with"),

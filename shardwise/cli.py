@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -356,18 +357,11 @@ def _gloo_tls() -> bool:
 
     if not dist.is_available() or not dist.is_gloo_available():
         return False
-    kept = os.environ.get("GLOO_DEVICE_TRANSPORT")
-    os.environ["GLOO_DEVICE_TRANSPORT"] = "TCP_TLS"
-    try:
-        dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")
-    except RuntimeError:
-        return False
-    finally:
-        if kept is None:
-            del os.environ["GLOO_DEVICE_TRANSPORT"]
-        else:
-            os.environ["GLOO_DEVICE_TRANSPORT"] = kept
-    return True
+    # Gloo keeps the first transport that a process asks for, so that the one to ask is another process.
+    probe = "import torch.distributed as d; d.ProcessGroupGloo.create_device(hostname='127.0.0.1')"
+    environment = {**os.environ, "GLOO_DEVICE_TRANSPORT": "TCP_TLS"}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, timeout=60)
+    return done.returncode == 0
 
 
 def _version(package: str) -> str | None:

@@ -140,6 +140,13 @@ def test_plan_that_cannot_be_written(spec: Path, tmp_path: Path, capsys: pytest.
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_asking_for_the_environment_leaves_gloo_usable() -> None:
+    code = "from shardwise.cli import main; main(['env']); import torch.distributed as d; d.ProcessGroupGloo.{}"
+    code = code.format("create_device(hostname='127.0.0.1')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+from shardwise.graph.blocks import twins
 from shardwise.graph.dims import BATCH
 from shardwise.graph.graph import Graph
 
@@ -15,10 +16,12 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=[.#]|$)")
 
 
 def groups(graph: Graph, parts: int) -> list[tuple[str, ...]]:
-    """The dims of parameters that `parts` divides, and those of sequences; equal dims of layers are one group.
+    """The dims of parameters that `parts` divides, and those of sequences; those that layers have alike are one group.
 
-    A group is one pattern, such as `heads@layers.*.attention`, where that matches no other dim, else a list of names.
+    Dims are alike that have the same place in copies of one block, or names that differ in numbers alone. A group is a
+    list of patterns, such as `heads@layers.*.attention`, where these match no other dim, else of names.
     """
+    first = twins(graph)
     fits: dict[str, bool] = {}
     alike: dict[str, dict[str, None]] = {}
     for op in graph.ops:
@@ -28,12 +31,20 @@ def groups(graph: Graph, parts: int) -> list[tuple[str, ...]]:
             dim = letter.dim
             fits[dim.name] = dim.size != BATCH and dim.size.coefficient % parts == 0
             if fits[dim.name] and (dim.owners or dim.label == SEQUENCE):
-                alike.setdefault(_NUMBER.sub("*", dim.name), {})[dim.name] = None
-    found = []
-    for pattern, names in alike.items():
-        matched = {name for name in fits if fnmatchcase(name, pattern)}
-        found.append((pattern,) if matched == set(names) else tuple(names))
-    return found
+                alike.setdefault(_NUMBER.sub("*", first[dim].name), {})[dim.name] = None
+    return [_patterns(list(names), fits) for names in alike.values()]
+
+
+def _patterns(names: Sequence[str], everything: Iterable[str]) -> tuple[str, ...]:
+    """The shortest patterns that match these names and no others."""
+    by_pattern: dict[str, list[str]] = {}
+    for name in names:
+        by_pattern.setdefault(_NUMBER.sub("*", name), []).append(name)
+    found: list[str] = []
+    for pattern, those in by_pattern.items():
+        matched = [name for name in everything if fnmatchcase(name, pattern)]
+        found += [pattern] if len(those) > 1 and set(matched) <= set(names) else those
+    return tuple(found)
 
 
 def choose_dims(

@@ -27,7 +27,7 @@ from shardwise.engine.crew import Crew
 from shardwise.engine.turn import Turn
 from shardwise.engine.worker import Order, Seat, pack
 from shardwise.errors import LaunchError, RunError
-from shardwise.machine.backend import Backend
+from shardwise.machine.backend import Backend, wait_at_exit
 
 T = TypeVar("T")
 
@@ -263,6 +263,7 @@ def joined(
             dist.init_process_group(backend.dist_backend, init_method="env://", timeout=limit)
         else:
             _init(place, limit, launch.store(limit))
+        wait_at_exit()
         try:
             yield place
         except BaseException:

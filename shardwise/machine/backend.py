@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
 import resource
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,6 +123,16 @@ class Backend:
     def threads(self, ranks: int = 1) -> int:
         """Threads for each of `ranks` ranks on this machine: its cores divided by the ranks, at least 1."""
         return max(1, cores() // max(1, ranks))
+
+
+@functools.cache
+def wait_at_exit() -> None:
+    """Lets gloo's threads hand back their last tensors before this process ends.
+
+    They need the interpreter for it. A thread that still waits for that when the interpreter ends aborts the process:
+    "terminate called without an active exception".
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 def cores() -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from shardwise.errors import PlanError
+from shardwise.machine.backend import wait_at_exit
 
 
 class Traffic(NamedTuple):
@@ -136,7 +137,10 @@ def _group(
     for at in product(*others):
         base = sum(c * s for c, s in zip(at, strides, strict=True))
         ranks = [base + k * strides[index] for k in range(shape[index])]
-        made = dist.new_group(ranks, group_desc=sizes[index][0]) if real and shape[index] > 1 else None
+        made = None
+        if real and shape[index] > 1:
+            made = dist.new_group(ranks, group_desc=sizes[index][0])
+            wait_at_exit()
         if me in ranks:
             mine, group = ranks, made
     return mine, group

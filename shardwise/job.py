@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
@@ -174,25 +177,46 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
 def load_spec(spec: str) -> Job:
     """The Job that a SPEC names: `path/to/file.py:function` or `package.module:function`.
 
+    Every rank reads it for itself, so random numbers are seeded meanwhile: what is drawn is the same on all of them.
+
     Raises:
         SpecError: the spec is malformed, does not import, or its function does not return a Job.
     """
     target, colon, name = spec.rpartition(":")
     if not colon or not target or not name:
         raise SpecError(f"SPEC must be file.py:function or package.module:function, but is {spec!r}")
-    module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-        there = [key for key, value in own.items() if callable(value) and not key.startswith("_")]
-        raise SpecError(f"{target} has no function {name!r}; it has: {', '.join(there) or 'none'}")
-    try:
-        job = function()
-    except Exception as error:
-        raise SpecError(f"{spec} failed: {type(error).__name__}: {error}") from error
+    with _seeded():
+        module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise SpecError(f"{target} has no function {name!r}; it has: {', '.join(_functions(module)) or 'none'}")
+        try:
+            job = function()
+        except Exception as error:
+            raise SpecError(f"{spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(job, Job):
         raise SpecError(f"{spec} must return a shardwise.Job, but returned {type(job).__name__}")
     return job if job.name else job.with_(name=name)
+
+
+def _functions(module: Any) -> list[str]:
+    """Names of the functions and classes that a module defines itself and does not hide."""
+    own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    return [key for key, value in own.items() if callable(value) and not key.startswith("_")]
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    python, array = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)
 
 
 def _import_file(path: Path) -> Any:

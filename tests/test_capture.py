@@ -133,6 +133,38 @@ def test_what_is_a_contraction_or_a_mean_is_written_so_that_it_can_be_split(
     assert operators(function, (4, 6), *weights) == expected
 
 
+@pytest.mark.parametrize(
+    ("function", "weights", "expected"),
+    [
+        (lambda x, i: torch.multiply(x, torch.special.expit(x)), (), ["sigmoid", "mul"]),
+        (lambda x, i: torch.subtract(x, torch.negative(x)), (), ["neg", "sub"]),
+        (lambda x, i: torch.tile(x, (1, 1, 2)), (), ["repeat"]),
+        (lambda x, i, w: torch.inner(x, w), ((8, 6),), ["permute", "view", "permute", "view", "mm", "view"]),
+    ],
+)
+def test_what_no_rule_knows_is_written_with_what_rules_know(
+    function: Callable[..., Tensor], weights: tuple[tuple[int, ...], ...], expected: list[str]
+) -> None:
+    assert operators(function, (4, 6), *weights) == expected
+
+
+def test_a_recurrent_cell_is_split_like_the_operators_that_it_is_made_of() -> None:
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.LSTMCell(16, 32)
+            self.head = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, c = self.cell(x)
+            return self.head(self.cell(x, (h, c))[0])  # type: ignore[no-any-return]
+
+    graph = Graph.of(vectors(Cell))
+    assert graph.unknown() == []
+    gates = [dim for dim in graph.dims() if "cell.weight_ih" in dim.owners and dim.size.coefficient == 32]
+    assert gates, "the hidden width inside the four gates is a dim that can be split"
+
+
 def test_a_normal_form_computes_the_same_loss() -> None:
     """Programs on one device, against the user's own module."""
     for make in (plain.tied_lm, plain.torch_transformer, plain.sum_count_mlp):

@@ -245,3 +245,21 @@ def test_a_spec_that_does_not_import_names_the_reason(tmp_path: Path) -> None:
         load_spec(f"{tmp_path}/wrong.py:f")
     with pytest.raises(SpecError, match=r"module 'no\.such\.thing' does not import: ModuleNotFoundError"):
         load_spec("no.such.thing:f")
+
+
+def test_what_a_spec_draws_is_the_same_wherever_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "drawn.py").write_text(
+        "import random, torch, numpy as np\n"
+        "from torch.utils.data import TensorDataset\n"
+        "from shardwise import Job\n"
+        "def job():\n"
+        "    data = TensorDataset(torch.randn(4), torch.tensor([random.random(), *np.random.rand(3)]))\n"
+        "    return Job(model=lambda: torch.nn.Linear(1, 1), data=data, global_batch=2)\n"
+    )
+    before = torch.get_rng_state()
+    first = load_spec(f"{tmp_path}/drawn.py:job")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.randn(3)
+    again = load_spec(f"{tmp_path}/drawn.py:job")
+    for a, b in zip(first.data.tensors, again.data.tensors, strict=True):  # type: ignore[attr-defined]
+        assert torch.equal(a, b)

@@ -20,7 +20,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from shardwise.errors import CaptureError, JobError
-from shardwise.graph.normalize import normalize
+from shardwise.graph.normalize import CHANGED, normalize
+from shardwise.graph.rules import RULES, operator_name
 from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
 
 
@@ -222,7 +223,7 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
         with warnings.catch_warnings(), _without_logs():
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
-            functional: ExportedProgram = exported.run_decompositions({})
+            functional: ExportedProgram = exported.run_decompositions(_simpler())
             return functional
     except JobError:
         raise
@@ -231,6 +232,18 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
             f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {_line(error)}; "
             "it can still be split by data (data, sharded), and by layers where it is a Sequential"
         ) from error
+
+
+def _simpler() -> dict[Any, Callable[..., Any]]:
+    """How torch writes operators that no rule knows with simpler ones, which rules know more often."""
+    known = RULES.keys() | CHANGED
+    return {
+        op: how
+        for op, how in torch.export.default_decompositions().items()
+        if operator_name(op) not in known
+        and not operator_name(op).startswith("aten.sym_")
+        and torch.Tag.nondeterministic_seeded not in op.tags  # is refused, by its own name
+    }
 
 
 @contextmanager

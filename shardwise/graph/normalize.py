@@ -187,3 +187,5 @@ _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.new_zeros": _constant,
     **DRAWS,
 }
+CHANGED = frozenset(_CHANGES)
+"""Names of operators that the normal form writes differently."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, settings
 
-from shardwise.engine.launch import Ranks
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
+from tests.pool import Pool
 
 settings.register_profile(
     "shardwise", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck),
@@ -24,23 +26,16 @@ settings.register_profile(
 )  # fmt: skip
 settings.load_profile("shardwise")
 
-Pool = Callable[[int], Ranks]
+_GRAPHS: dict[bytes, Graph] = {}
+"""Graphs of the jobs that were compared in this process."""
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """`pool(n)` gives n live ranks, the same ones as long as they are usable."""
-    pools: dict[int, Ranks] = {}
-
-    def get(n: int) -> Ranks:
-        if n not in pools or not pools[n].usable:
-            pools[n] = Ranks(n, threads=1)
-        return pools[n]
-
-    yield get
-    for ranks in pools.values():
-        ranks.close()
+    with Pool() as live:
+        yield live
 
 
 def data(size: int = 2) -> PlanAxis:
@@ -88,7 +83,7 @@ def compare(
 
     `sizes` are those of the batches; `mutation` puts a bug into the library while the plan runs.
     """
-    from shardwise.engine.engine import parallelize
+    from shardwise.engine.engine import GraphEngine, parallelize
     from shardwise.measure.reference import run_reference
     from shardwise.measure.traffic import Collectives
 
@@ -101,7 +96,11 @@ def compare(
     with pytest.MonkeyPatch.context() as patch:
         if mutation is not None:
             mutation(patch)
-        engine = parallelize(job, plan, dtype=torch.float64)
+        # Capturing takes longer than the run. A mutation may be of what captures.
+        key = hashlib.sha256(cloudpickle.dumps(job)).digest() if mutation is None else b""
+        engine = parallelize(job, plan, dtype=torch.float64, graph=_GRAPHS.get(key))
+        if key and isinstance(engine, GraphEngine):
+            _GRAPHS[key] = engine.graph
         engine.measures_norm = True
         for batch, size in zip(batches, sizes, strict=True):
             seen, updating = Collectives(), Collectives()

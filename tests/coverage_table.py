@@ -17,6 +17,7 @@ from pathlib import Path
 from shardwise.errors import ShardwiseError
 from shardwise.measure.verify import Row, verify
 from shardwise.search.strategies import STRATEGIES
+from tests.pool import Pool
 from tests.zoo import ZOO
 
 _ABOUT = """# Coverage
@@ -41,22 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # of transformers, about kernels that are not installed
     sizes = [int(n) for n in given.ranks.split(",")]
-    found: dict[str, dict[int, list[Row]]] = {}
-    for name in given.models.split(","):
-        found[name] = {ranks: prove(name, ranks, given.steps) for ranks in sizes}
-        if given.out is not None:
-            given.out.write_text(page(found, given.steps), encoding="utf-8")
+    found: dict[str, dict[int, list[Row]]] = {name: {} for name in given.models.split(",")}
+    for ranks in sizes:
+        with Pool() as pool:
+            for name in found:
+                found[name][ranks] = prove(name, ranks, given.steps, pool)
+                if given.out is not None:
+                    given.out.write_text(page(found, given.steps), encoding="utf-8")
     failed = [name for name, by_ranks in found.items() if any(map(failing, by_ranks.values()))]
     print(f"{len(found) - len(failed)} of {len(found)} models pass{'; failing: ' * bool(failed)}{', '.join(failed)}")
     return 1 if failed else 0
 
 
-def prove(name: str, ranks: int, steps: int) -> list[Row]:
+def prove(name: str, ranks: int, steps: int, pool: Pool) -> list[Row]:
     """The rows of one model at one number of ranks."""
     began = time.monotonic()
     wanted = STRATEGIES if ranks < 8 else ("hybrid",)
     try:
-        rows = verify(ZOO[name](), ranks, strategies=wanted, steps=steps)
+        rows = verify(ZOO[name](), ranks, strategies=wanted, steps=steps, pool=pool)
     except ShardwiseError as error:
         rows = [Row(strategy, None, True, str(error)) for strategy in wanted]
     said = ", ".join(f"{row.strategy} {verdict(row)}" for row in rows)

@@ -14,6 +14,7 @@ from shardwise.job import Job
 from shardwise.measure.reference import Trace
 from shardwise.measure.verify import Row, relative, verify
 from shardwise.plan.plan import Plan, PlanAxis
+from tests.pool import Pool
 from tests.zoo import ZOO
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -29,21 +30,21 @@ def passing(rows: list[Row]) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("name", AMONG_TESTS)
-def test_every_strategy_computes_what_one_device_computes(name: str) -> None:
-    rows = verify(ZOO[name](), 2, steps=2)
+def test_every_strategy_computes_what_one_device_computes(name: str, pool: Pool) -> None:
+    rows = verify(ZOO[name](), 2, steps=2, pool=pool)
     assert passing(rows) == {"data": True, "sharded": True, "tensor": True, "pipeline": True}, rows
     assert [(row.strategy, row.applicable) for row in rows][-1] == ("hybrid", False)
 
 
 @pytest.mark.parametrize(("name", "ranks", "axes"), [("bert_dropout", 4, 2), ("tied_lm", 8, 3)])
-def test_hybrids_compute_what_one_device_computes(name: str, ranks: int, axes: int) -> None:
-    (row,) = verify(ZOO[name](), ranks, strategies=["hybrid"], steps=2)
+def test_hybrids_compute_what_one_device_computes(name: str, ranks: int, axes: int, pool: Pool) -> None:
+    (row,) = verify(ZOO[name](), ranks, strategies=["hybrid"], steps=2, pool=pool)
     assert row.passed and row.plan is not None, row
     assert len(row.plan.axes) == axes
 
 
-def test_float32_takes_steps_of_plain_sgd() -> None:
-    rows = verify(ZOO["qkv_attention"](), 2, strategies=["data", "tensor"], dtype=torch.float32, steps=2)
+def test_float32_takes_steps_of_plain_sgd(pool: Pool) -> None:
+    rows = verify(ZOO["qkv_attention"](), 2, strategies=["data", "tensor"], dtype=torch.float32, steps=2, pool=pool)
     assert passing(rows) == {"data": True, "tensor": True}, rows
     assert all(row.param_error and row.param_error > 1e-12 for row in rows), "these are float32's errors, not float64's"
 

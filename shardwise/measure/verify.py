@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def verify(
     plans: Mapping[str, Plan] | None = None,
     spec: str | None = None,
     timeout: float = 600.0,
+    pool: Callable[[int], Ranks] | None = None,
 ) -> list[Row]:
     """Runs a job on one device and by every strategy on local ranks, and compares.
 
@@ -91,6 +92,7 @@ def verify(
         plans: more plans to look at, by the name that their row gets.
         spec: where given, each rank loads the job from this SPEC, with the operators and rules that its file registers.
         timeout: seconds that each strategy may take.
+        pool: gives so many live ranks to run on, which stay alive; None starts new ones and ends them.
 
     Raises:
         JobError: the dataset has too few samples.
@@ -109,7 +111,8 @@ def verify(
         rows = [_not_applicable(c) if c.plan is None else None for c in candidates]
         for size in sorted({c.plan.ranks for c in candidates if c.plan is not None}):
             places = [i for i, c in enumerate(candidates) if c.plan is not None and c.plan.ranks == size]
-            for i, row in zip(places, _rows([candidates[i] for i in places], task, size, timeout), strict=True):
+            found = _rows([candidates[i] for i in places], task, size, timeout, pool)
+            for i, row in zip(places, found, strict=True):
                 rows[i] = replace(row, reason="; ".join(filter(None, (row.reason, note))))
     return [row for row in rows if row is not None]
 
@@ -216,17 +219,19 @@ def _not_applicable(candidate: Candidate) -> Row:
     return Row(candidate.strategy, candidate.plan, False, candidate.reason)
 
 
-def _rows(candidates: list[Candidate], task: _Task, ranks: int, timeout: float) -> list[Row]:
+def _rows(
+    candidates: list[Candidate], task: _Task, ranks: int, timeout: float, pool: Callable[[int], Ranks] | None
+) -> list[Row]:
     """The strategies one after the other on the same ranks; where one breaks them, each on ranks of its own."""
     plans = [c.plan for c in candidates if c.plan is not None]
-    with Ranks(ranks) as pool:
+    with nullcontext(pool(ranks)) if pool else Ranks(ranks) as live:
         try:
-            answers = pool.run(_compare, task, plans, timeout=timeout * len(plans))
+            answers = live.run(_compare, task, plans, timeout=timeout * len(plans))
             return [_row(c, task, [each[i] for each in answers]) for i, c in enumerate(candidates)]
         except RunError as error:
             if len(plans) == 1:
                 return [Row(candidates[0].strategy, plans[0], True, f"the run failed: {error}")]
-    return [row for candidate in candidates for row in _rows([candidate], task, ranks, timeout)]
+    return [row for candidate in candidates for row in _rows([candidate], task, ranks, timeout, pool)]
 
 
 def _row(candidate: Candidate, task: _Task, answers: list[_Found | str]) -> Row:

@@ -25,7 +25,7 @@ from shardwise.parallel.announce import announce
 from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch
 from shardwise.parallel.mesh import Mesh, Traffic
-from shardwise.parallel.pipeline import Pipeline, total_over_stages
+from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.rank import RankModel
 from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import actions
@@ -124,7 +124,7 @@ class GraphEngine(Engine):
         with resharding:
             loss = self._pipeline.step(micro)
         self._reduction.finish()
-        return float(total_over_stages(loss, self.split.pipeline))
+        return float(self.model.total(loss))
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         if self._evaluation is None:

@@ -13,7 +13,7 @@ from shardwise.engine.whole import Whole
 from shardwise.graph.graph import Graph
 from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch
-from shardwise.parallel.pipeline import Pipeline, total_over_stages
+from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.rank import RankModel
 from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import forward_only
@@ -77,7 +77,7 @@ class Evaluation:
         """The mean loss of a batch, and its weight: the count that the job's loss gives, or else the samples."""
         with torch.no_grad():
             micro = self.model.start(self.feeder.tensors(share), share.total, key)
-            results = total_over_stages(self._pipeline.step(micro), self.split.pipeline)
+            results = self.model.total(self._pipeline.step(micro))
         loss, *count = results.tolist()
         return loss, count[0] if count else float(share.total)
 

@@ -44,7 +44,8 @@ def announce(reduction: Reduction, total: int, *, norm: bool) -> list[Traffic]:
     if pipeline is not None and pipeline.group is not None:
         for tensor in reduction.ties:
             recorder.add("all_reduce", pipeline.name, tensor.numel() * tensor.element_size())
-        recorder.add("all_reduce", pipeline.name, torch.float64.itemsize)
+    for axis, places in model.result_sums:
+        recorder.add("all_reduce", axis.name, len(places) * torch.float64.itemsize)
     if norm and split.plan.ranks > 1:
         recorder.add("all_reduce", "all", torch.float64.itemsize)
     return recorder.take()

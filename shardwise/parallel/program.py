@@ -13,7 +13,7 @@ from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 from shardwise.parallel.convert import Converter
 from shardwise.parallel.fuse import fuse_bias
-from shardwise.parallel.layout import WHOLE, Layout, States
+from shardwise.parallel.layout import PARTIAL, WHOLE, Layout, States
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.operators import Call
 from shardwise.parallel.recompute import block_of
@@ -83,9 +83,6 @@ class Emitter:
         self._sources = {v: n for n, values in self.graph.values.items() for v in values}
         self._blocks: dict[Op, str] = {op: block_of(op.module, self.recompute) for op in self.graph.ops}
         self._readers: dict[Value, set[str]] = {}
-        for op in self.graph.ops:
-            for value in op.inputs:
-                self._readers.setdefault(value, set()).add(self._blocks[op])
 
     # -- whole program -----------------------------------------------------------------------------------------------
 
@@ -96,8 +93,21 @@ class Emitter:
         for node, values in self.graph.values.items():
             if node.op == "placeholder" and node.name in self.graph.captured.inputs and values[0] not in self.env:
                 self.env[values[0]] = self._placeholder(node.name)
+        ops = list(ops)
+        counts = self._counts(ops)
+        first = self._needed(value for value, _ in counts)
+        self._blocks.update(dict.fromkeys(first, ""))
+        for op in self.graph.ops:
+            for value in op.inputs:
+                self._readers.setdefault(value, set()).add(self._blocks[op])
         for op in ops:
-            self._emit(op)
+            if op in first:
+                self._emit(op)
+        for value, states in counts:
+            self.get(value, states)
+        for op in ops:
+            if op not in first:
+                self._emit(op)
         self.writer.block = ""
         results = tuple(self.get(value, states) for value, states in outputs)
         self.out.output(results)
@@ -108,6 +118,30 @@ class Emitter:
         self.out.lint()
         module = fx.GraphModule(self.root, self.out)
         return Program(module, self.inputs, [v.name for v, _ in outputs], self.params, self.buffers)
+
+    def _counts(self, ops: Sequence[Op]) -> list[tuple[Value, States]]:
+        """Sums over ranks of what the batch alone decides, such as counts of labels, and the states they are needed in.
+
+        They are made before anything else. Later a rank would wait in them for all that others take longer.
+        """
+        found = {
+            (operand.value, self.layout.needs(op, operand.slot)): None
+            for op in ops
+            for operand in op.context.inputs
+            if operand.value not in self.graph.learned and PARTIAL in self.produced(operand.value)
+        }
+        return [(value, states) for value, states in found if states != self.produced(value)]
+
+    def _needed(self, values: Iterable[Value]) -> set[Op]:
+        """The operators that compute these tensors, and what they are computed from."""
+        found: set[Op] = set()
+        left = list(values)
+        while left:
+            op = self.graph.producer.get(left.pop())
+            if op is not None and op not in found:
+                found.add(op)
+                left += op.inputs
+        return found
 
     def _placeholder(self, name: str) -> fx.Node:
         node = self.out.placeholder("in_" + name.replace(".", "_"))

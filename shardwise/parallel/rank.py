@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from shardwise.graph.dims import BATCH
 from shardwise.graph.rules import Value
+from shardwise.parallel.collectives import all_reduce_
 from shardwise.parallel.defer import defer_weights
 from shardwise.parallel.hybrid import Micro, Split
 from shardwise.parallel.layout import PARTIAL, WHOLE, Cut, States
+from shardwise.parallel.mesh import Axis
 from shardwise.parallel.micro import Early, combine
 from shardwise.parallel.pipeline import Crossing, Stage
 from shardwise.parallel.program import Emitter, Program, attribute_name
@@ -141,12 +143,36 @@ class RankModel:
         ops = [op for op in graph.ops if split.stage_of[op] == stage or not any(v in graph.learned for v in op.outputs)]
         outputs = [(v, states[v]) for v in self._gives(stage) if v not in given]
         if stage == split.plan.stages - 1:
-            summed = tuple(PARTIAL if axis is None else WHOLE for axis in split.axes)
-            outputs += [(value, summed) for value in graph.results.values()]
+            outputs += [(value, self._result_states(value)) for value in graph.results.values()]
         for value in self.updated.values():
             if split.stage_of[graph.producer[value]] == stage:
                 outputs.append((value, (WHOLE,) * len(split.axes)))
         return self._emitter(given).build(ops, outputs)
+
+    def _result_states(self, value: Value) -> States:
+        """How the last stage leaves a result: its sums are made by `total`, for nothing waits for them before."""
+        states = zip(self.split.layout.states[value], self.split.axes, strict=True)
+        return tuple(PARTIAL if axis is None or state == PARTIAL else WHOLE for state, axis in states)
+
+    @cached_property
+    def result_sums(self) -> list[tuple[Axis, list[int]]]:
+        """The axes over which results are still to be summed, each with the places of those results."""
+        states = [self._result_states(value) for value in self.split.graph.results.values()]
+        found = [
+            (axis, [i for i, each in enumerate(states) if each[a] == PARTIAL])
+            for a, axis in enumerate(self.split.axes)
+            if axis is not None and axis.group is not None
+        ]
+        pipeline = self.split.pipeline
+        if pipeline is not None and pipeline.group is not None:
+            found.append((pipeline, list(range(len(states)))))
+        return [(axis, places) for axis, places in found if places]
+
+    def total(self, results: Tensor) -> Tensor:
+        """The results of a step on every rank, [results], from what this rank computed of them."""
+        for axis, places in self.result_sums:
+            results[places] = all_reduce_(results[places], axis)
+        return results
 
     def _updated(self) -> dict[str, Value]:
         captured = self.split.graph.captured

@@ -223,10 +223,12 @@ class Layout:
         """The inputs whose partial sums an operator passes on, being linear in them together; none if it should not."""
         none: frozenset[Slot] = frozenset()
         partial = frozenset(o.slot for o in op.context.inputs if self._produced(o.value)[axis] == PARTIAL)
+        learned = frozenset(s for s in partial if op.context.operand(s).value in self.graph.learned)
         if self.axes[axis].name == TIME:
             # Sums over micro-batches of what depends on the batch alone are made beforehand.
-            partial = frozenset(s for s in partial if op.context.operand(s).value in self.graph.learned)
-            return next((group for group in op.context.linear if partial and partial <= group), none)
+            return next((group for group in op.context.linear if learned and learned <= group), none)
+        # What depends on the batch alone (a count of labels) is summed early, and need not be waited for.
+        partial = learned or partial
         if not partial or partial not in op.context.linear:
             return none
         # Where another operator needs the sum, it is made once, for both.

@@ -60,7 +60,7 @@ def _program(recorder: Recorder, model: RankModel, program: Program, micro: Micr
             dtype, times = more or (value.dtype, 1)
             # Unequal parts travel as large as the first, and what is to be scattered as such parts.
             parts = axis if kind in ("all_gather", "reduce_scatter") else None
-            size = _numel(model.split.local_shape(value, states, micro.samples, parts)) * times
+            size = _numel(model.split.local_shape(value, states, micro, parts)) * times
             size *= axis.size if kind == "reduce_scatter" else 1
             recorder.add(kind, axis.name, size * model.dtype(dtype).itemsize)
 
@@ -82,7 +82,7 @@ def _crossings(recorder: Recorder, model: RankModel, stage: int, micro: Micro) -
         return stage_rank(other, axis.size) != axis.rank
 
     def size(value: Value) -> int:
-        shape = split.local_shape(value, split.layout.states[value], micro.samples)
+        shape = split.local_shape(value, split.layout.states[value], micro)
         return _numel(shape) * model.dtype(value.dtype).itemsize
 
     if stage < split.plan.stages - 1 and away(stage + 1):

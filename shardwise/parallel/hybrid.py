@@ -87,15 +87,20 @@ class Split:
         return start, start + lower.local_count(micro.samples, chain)
 
     def local_shape(
-        self, value: Value, states: States, samples: int, first: Axis | None = None
+        self, value: Value, states: States, micro: Micro, first: Axis | None = None
     ) -> tuple[int, ...]:
-        """The shape of a tensor on this rank, for a micro-batch of `samples` over all ranks.
+        """The shape of a tensor on this rank, for a micro-batch.
 
         With an axis `first` on the first rank along it, which has the largest part where samples do not divide.
         """
+
+        def size(leaf: Cut) -> int:
+            # What holds nothing of the samples' own may have a place for each of the whole step.
+            samples = micro.total if self.timed and states[0] != leaf else micro.samples
+            return self._leaf_size(value, leaf, states, samples, first)
+
         return tuple(
-            math.prod(self._leaf_size(value, Cut(pos, k), states, samples, first) for k in range(len(dim.leaves())))
-            for pos, dim in enumerate(value.dims)
+            math.prod(size(Cut(pos, k)) for k in range(len(dim.leaves()))) for pos, dim in enumerate(value.dims)
         )
 
     def lead(self, value: Value, cut: Cut, states: Sequence[State], samples: int) -> int:

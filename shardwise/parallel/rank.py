@@ -275,7 +275,7 @@ class RankModel:
         states = self.split.layout.states[value]
         return Crossing(
             value.name,
-            lambda m: self.split.local_shape(value, states, self._micros[m].samples),
+            lambda m: self.split.local_shape(value, states, self._micros[m]),
             self._dtypes.get(value.dtype, value.dtype),
             value in self.split.graph.needs_grad,
         )

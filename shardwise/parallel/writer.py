@@ -67,14 +67,20 @@ class Writer:
         cut = Cut(pos, leaf)
         return [x for a, x in enumerate(self.axes) if x is not None and a != but and states[a] == cut]
 
-    def number(self, size: Size, batch_axes: Sequence[Axis] = ()) -> Number:
+    def _samples(self, pos: int, leaf: int, states: Sequence[State]) -> fx.Node:
+        """The samples over all ranks: of the micro-batch where it cuts this leaf, else of the whole step."""
+        timed = (state for axis, state in zip(self.axes, states, strict=True) if axis is None)
+        return self.samples if next(timed, Cut(pos, leaf)) == Cut(pos, leaf) else self.total
+
+    def number(self, size: Size, batch_axes: Sequence[Axis] = (), samples: fx.Node | None = None) -> Number:
         """A size on this rank: a plain number, or a node where it depends on the number of samples."""
         if size.power == 0:
             return size.coefficient
+        samples = samples if samples is not None else self.samples
         chain = tuple((axis.size, axis.rank) for axis in batch_axes)
-        key = ("count", chain)
+        key = ("count", chain, samples)
         if key not in self._cache:
-            self._cache[key] = self.number_call(lower.local_count, self.samples, chain) if chain else self.samples
+            self._cache[key] = self.number_call(lower.local_count, samples, chain) if chain else samples
         count: Number = self._cache[key]
         for _ in range(size.power - 1):
             count = self.times(count, self._cache[key])
@@ -94,12 +100,13 @@ class Writer:
         """The size of one leaf on this rank, not counting the cut by axis `but`."""
         dim = value.dims[pos].leaves()[leaf]
         chain = self._chain(value, pos, leaf, states, but)
+        samples = self._samples(pos, leaf, states)
         if dim.size == BATCH:
-            return self.number(BATCH, chain)
+            return self.number(BATCH, chain, samples)
         parts = 1
         for axis in chain:
             parts *= axis.size
-        return self.number(Size(dim.size.coefficient // parts, dim.size.power))
+        return self.number(Size(dim.size.coefficient // parts, dim.size.power), (), samples)
 
     def shape(self, value: Value, states: Sequence[State]) -> list[Number]:
         """The shape of a tensor on this rank."""
@@ -124,7 +131,8 @@ class Writer:
         dim = value.dims[cut.pos].leaves()[cut.leaf]
         if dim.size == BATCH:
             chain = tuple((x.size, x.rank) for x in self._chain(value, cut.pos, cut.leaf, states, but=a))
-            return cut.pos, lead, self.number_call(lower.part_sizes, self.samples, chain, axis.size)
+            samples = self._samples(cut.pos, cut.leaf, states)
+            return cut.pos, lead, self.number_call(lower.part_sizes, samples, chain, axis.size)
         whole = self.leaf_size(value, cut.pos, cut.leaf, states, but=a)
         assert isinstance(whole, int)
         return cut.pos, lead, (whole // axis.size,) * axis.size

@@ -7,15 +7,19 @@ from itertools import product
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from shardwise.errors import PlanError
+from shardwise.job import Job
 from shardwise.parallel import channels
 from shardwise.parallel.defer import Tape
 from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.schedule import Action, actions, check, orders
 from shardwise.plan.plan import SCHEDULES, Plan
-from tests.conftest import Pool, compare, cuts, data, pipeline
+from tests.conftest import Pool, compare, cuts, data, pipeline, tensor
 from tests.zoo import ZOO
+from tests.zoo.data import Vectors
+from tests.zoo.plain import class_loss
 
 SIZES = [
     (schedule, ranks, each, micro)
@@ -130,3 +134,28 @@ def test_zero_bubble_defers_every_gradient_of_parameters(pool: Pool, name: str) 
         count = dict(seen)["all"]
         assert [changed for half, changed in seen if half == "input"] == [0] * 4
         assert [changed for half, changed in seen if half == "weight"] == [count] * 4
+
+
+class Repeated(nn.Module):
+    """A table that is repeated for each sample, so that its copy has a place for all of them and nothing of theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 8, 8))
+        self.up, self.head = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.up(x).view(-1, 1, 8)
+        mixed = torch.bmm(queries, self.table.tanh().repeat(x.shape[0], 1, 1))
+        return self.head(mixed.view(x.shape[0], 32))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("axis", ["pipeline", "tensor"])
+def test_what_is_repeated_for_each_sample_is_whole_in_every_micro_batch(pool: Pool, axis: str) -> None:
+    job = Job(model=Repeated, data=Vectors(classes=8), loss=class_loss, global_batch=8)
+    plans = {
+        "pipeline": Plan((pipeline(),), ("bmm.0",), micro_batches=4),
+        "tensor": Plan((tensor("width#4", "width#2"),), micro_batches=4),
+    }
+    for errors in pool(2).run(compare, job, plans[axis], timeout=100):
+        assert errors.worst < 1e-9 and errors.traffic == "", errors

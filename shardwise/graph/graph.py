@@ -189,7 +189,7 @@ class Graph:
 
     def fingerprint(self) -> str:
         """A short name for this graph: equal for equal operators, shapes and parameters."""
-        computed = [(op.name, [v.sizes for v in op.outputs]) for op in self.ops if op.name not in _CASTS]
+        computed = [(op.name, [v.sizes for v in op.outputs]) for op in self.ops if op.name not in CASTS]
         text = repr([*computed, *sorted(self.params)])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -263,8 +263,9 @@ class Graph:
         if known:
             RULES[name](context)
         self._trace_iota(name, context)
-        count = self._counts[name] = self._counts.get(name, -1) + 1
-        self.ops.append(Op(len(self.ops), f"{name.rpartition('.')[2]}.{count}", name, node, context, known))
+        short = name.rpartition(".")[2]  # of several namespaces
+        count = self._counts[short] = self._counts.get(short, -1) + 1
+        self.ops.append(Op(len(self.ops), f"{short}.{count}", name, node, context, known))
 
     def _trace_iota(self, name: str, c: OpContext) -> None:
         """Note tensors that hold 0, 1, 2, ... along one position."""
@@ -309,7 +310,8 @@ class Graph:
         return f"Graph({len(self.ops)} operators, {len(self.params)} parameters, {len(list(self.dims()))} dims)"
 
 
-_CASTS = {"aten._to_copy", "aten.to"}
+CASTS = {"aten._to_copy", "aten.to"}
+"""Operators of which a model has others, or none, in another dtype."""
 _NUMBER_FUNCTIONS = {operator.mul, operator.add, operator.sub, operator.floordiv, torch.ops.aten.sym_size.int}
 _IOTA_MOVES = {
     "aten.unsqueeze", "aten.squeeze", "aten.view", "aten.reshape", "aten.expand", "aten.slice", "aten.clone",

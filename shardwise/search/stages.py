@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shardwise.cost.device import Device
 from shardwise.cost.price import seconds
-from shardwise.graph.graph import Op
+from shardwise.graph.graph import CASTS, Op
 from shardwise.parallel.hybrid import Split
 
 _SLACK = 0.15
@@ -33,7 +33,10 @@ def balanced_cuts(split: Split, stages: int, batch: int, device: Device) -> tupl
     for k in range(1, stages):
         target, slack = total * k / stages, _SLACK * total / stages
         low, high = (cuts[-1] + 1 if cuts else 1), len(inside) - (stages - k)
-        allowed = range(low, high + 1)
+        # A cast is no place to cut: in another dtype the model has others.
+        allowed = [i for i in range(low, high + 1) if inside[i].name not in CASTS]
+        if not allowed:
+            return ()
 
         def cost(i: int, target: float = target) -> float:
             return abs(before[i] - target) + 2 * crossing[i] / device.link

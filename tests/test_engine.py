@@ -364,3 +364,23 @@ def test_statistics_per_micro_batch_are_a_choice(pool: Pool) -> None:
         module(part)
     assert torch.allclose(first["blocks.0.1.running_mean"], module.state_dict()["blocks.0.1.running_mean"], rtol=1e-12)
     assert int(first["blocks.0.1.num_batches_tracked"]) == 2
+
+
+class Spectrum(nn.Module):
+    """Complex numbers between two layers, and a tensor that is written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        written = torch.zeros_like(y)
+        written[:, 8:] = y[:, 8:].tanh()
+        written[:, :8] = x[:, :8].sum(1, keepdim=True)
+        return self.head(torch.fft.fft(written).real)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plan", [DATA, Plan((tensor("width*"),))], ids=Plan.title)
+def test_gradients_flow_through_complex_numbers_and_what_is_written_over(pool: Pool, plan: Plan) -> None:
+    check(pool, Job(model=Spectrum, data=Vectors(classes=8), loss=class_loss, global_batch=8), plan)

@@ -158,8 +158,8 @@ class Graph:
                     found.update(values)
                 continue
             sources = [self.value(n) for n in node.all_input_nodes]
-            if any(s in found for s in sources if s is not None) and operator_name(node.target) != "aten.detach":
-                found.update(v for v in values if v.dtype.is_floating_point)
+            if any(s in found for s in sources if s is not None) and operator_name(node.target) not in _NO_GRADIENT:
+                found.update(v for v in values if v.dtype.is_floating_point or v.dtype.is_complex)
         return frozenset(found)
 
     @cached_property
@@ -312,6 +312,7 @@ class Graph:
 
 CASTS = {"aten._to_copy", "aten.to"}
 """Operators of which a model has others, or none, in another dtype."""
+_NO_GRADIENT = {"aten.detach", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like"}
 _NUMBER_FUNCTIONS = {operator.mul, operator.add, operator.sub, operator.floordiv, torch.ops.aten.sym_size.int}
 _IOTA_MOVES = {
     "aten.unsqueeze", "aten.squeeze", "aten.view", "aten.reshape", "aten.expand", "aten.slice", "aten.clone",

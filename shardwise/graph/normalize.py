@@ -95,6 +95,21 @@ def _type_as(r: Rewriter, node: fx.Node) -> None:
     r.replace(r.call(aten._to_copy.default, a["self"], dtype=a["other"].meta["val"].dtype))
 
 
+def _copy(r: Rewriter, node: fx.Node) -> None:
+    # What is written over a part of a tensor. torch has no derivative of it in this form.
+    a = arguments(node)
+    source, dtype = a["src"], node.meta["val"].dtype
+    if source.meta["val"].dtype != dtype:
+        source = r.call(aten._to_copy.default, source, dtype=dtype)
+    r.replace(r.call(aten.expand_as.default, source, a["self"]))
+
+
+def _repeat_interleave(r: Rewriter, node: fx.Node) -> None:
+    # The size of the output follows from the input's, however that is cut.
+    if arguments(node)["output_size"] is not None:
+        r.replace(r.again(node, output_size=None))
+
+
 def _cat(r: Rewriter, node: fx.Node) -> None:
     # torch lets an empty vector be joined to anything; caches of keys and values begin as one.
     parts = arguments(node)["tensors"]
@@ -176,6 +191,8 @@ _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.convolution": _bias_after,
     "aten.type_as": _type_as,
     "aten.cat": _cat,
+    "aten.copy": _copy,
+    "aten.repeat_interleave": _repeat_interleave,
     "aten.addmm": _addmm,
     "aten.baddbmm": _addmm,
     "aten.cross_entropy_loss": _cross_entropy,

@@ -101,7 +101,14 @@ def _copy(r: Rewriter, node: fx.Node) -> None:
     source, dtype = a["src"], node.meta["val"].dtype
     if source.meta["val"].dtype != dtype:
         source = r.call(aten._to_copy.default, source, dtype=dtype)
-    r.replace(r.call(aten.expand_as.default, source, a["self"]))
+    sizes: list[Any] = []
+    new = len(shape(node)) - len(shape(source))
+    for i, size in enumerate(shape(node)):
+        if i >= new and str(shape(source)[i - new]) == str(size):
+            sizes.append(-1)
+        else:
+            sizes.append(r.call(aten.sym_size.int, a["self"], i) if isinstance(size, torch.SymInt) else size)
+    r.replace(source if all(size == -1 for size in sizes) else r.call(aten.expand.default, source, sizes))
 
 
 def _repeat_interleave(r: Rewriter, node: fx.Node) -> None:

@@ -51,6 +51,22 @@ def test_every_model_is_captured_alike(name: str) -> None:
     captured_alike(ZOO[name]())
 
 
+class Typed(nn.Module):
+    """A parameter made by its type, which is on the CPU whatever device the model is built on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.FloatTensor(16).fill_(1.0))
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.scale)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_makes_tensors_on_the_cpu_is_captured_without_its_weights() -> None:
+    captured_alike(vectors(Typed))
+
+
 def test_fingerprints_tell_models_apart() -> None:
     def fingerprint(**changes: Any) -> str:
         model = partial(plain.CausalLM, **{"layers": 1, **changes})

@@ -149,7 +149,8 @@ def capture(
     samples = max(job.global_batch, 2)
     device = next(module.parameters()).device
     context: Any = nullcontext()
-    if device.type == "meta":
+    # Some ways to make a tensor, such as torch.FloatTensor, know no device but the CPU.
+    if any(p.is_meta for p in module.parameters()):
         context = FakeTensorMode(allow_non_fake_inputs=True)
         module, device = _on_cpu(module, context), torch.device("cpu")
 
@@ -210,9 +211,11 @@ def _on_cpu(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     fakes: dict[int, Any] = {}
     for part in module.modules():
         for tensor in [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]:
-            if isinstance(tensor, Tensor) and tensor.is_meta and id(tensor) not in fakes:
-                fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
-                learned = isinstance(tensor, nn.Parameter)
+            if not isinstance(tensor, Tensor) or id(tensor) in fakes:
+                continue
+            learned = isinstance(tensor, nn.Parameter)
+            if tensor.is_meta or learned:
+                fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if learned else fake
     return copy.deepcopy(module, fakes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -246,3 +247,11 @@ def test_colours_can_be_told_from_the_paper_in_light_and_dark(text: str) -> None
                 assert contrast(colour, colours["paper"]) >= 3, name
         assert contrast(colours["ink"], colours["paper"]) >= 7
         assert contrast(colours["soft"], colours["paper"]) >= 4.5
+
+
+def test_what_is_written_after_a_bar_is_not_cut_off() -> None:
+    note = "533 MB, 288 MB the job's own part of it"
+    drawn = bars([Bar("tensor, 2 ranks", (245.0, 288.0), note)], parts=["a", "b"], title="Memory", x_label="MB")
+    (at,) = re.findall(rf'<text x="([\d.]+)" y="[\d.]+">{re.escape(escape(note))}', drawn)
+    (width,) = re.findall(r'<svg viewBox="0 0 (\d+) [\d.]+" role', drawn)
+    assert float(at) + 6.5 * len(note) <= float(width)

@@ -65,7 +65,8 @@ def lines(
 
 def bars(rows: Sequence[Bar], *, parts: Sequence[str], title: str, x_label: str) -> str:
     """Horizontal bars of one part or of several, one below the other."""
-    step, left, right = 38, 10 + 7.4 * max((len(r.name) for r in rows), default=0), 130
+    step, left = 38, 10 + 7.4 * max((len(r.name) for r in rows), default=0)
+    right = 20 + 7.2 * max((len(r.note) for r in rows), default=0)
     height = step * len(rows) + _TOP + _BOTTOM
     largest = max((sum(r.parts) for r in rows), default=0.0) or 1.0
     marks = [m for m in ticks(0.0, largest) if m <= largest * 1.05]

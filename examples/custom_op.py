@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.data import Dataset
 
 import shardwise as sw
 
 
-@torch.library.custom_op("example::squared_relu", mutates_args=())
+@library.custom_op("example::squared_relu", mutates_args=())
 def squared_relu(x: Tensor, scale: float) -> Tensor:
     """scale · relu(x)²: an operator that torch does not have, e.g. a kernel of your own."""
     return scale * x.clamp(min=0).square()

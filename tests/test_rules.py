@@ -9,7 +9,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.data import Dataset
 
 import shardwise
@@ -287,7 +287,7 @@ def test_an_operator_without_a_rule_runs_whole() -> None:
 # --- a user's rule ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("shardwise_test::shrink", mutates_args=())
+@library.custom_op("shardwise_test::shrink", mutates_args=())
 def shrink(x: Tensor, by: float) -> Tensor:
     return x.sign() * (x.abs() - by).clamp(min=0)
 

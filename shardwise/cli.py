@@ -360,7 +360,10 @@ def _gloo_tls() -> bool:
     # Gloo keeps the first transport that a process asks for, so that the one to ask is another process.
     probe = "import torch.distributed as d; d.ProcessGroupGloo.create_device(hostname='127.0.0.1')"
     environment = {**os.environ, "GLOO_DEVICE_TRANSPORT": "TCP_TLS"}
-    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, timeout=60)
+    try:
+        done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
     return done.returncode == 0
 
 

@@ -41,6 +41,21 @@ def test_blocks_hold_every_operator_once_and_in_order(name: str) -> None:
     assert held == list(range(len(graph.ops)))
 
 
+@pytest.mark.parametrize("name", ["gpt2_dropout", "t5", "swin", "mixtral", "convnext", "torch_transformer"])
+def test_copies_of_a_block_are_wired_alike_inside(name: str) -> None:
+    graph = Graph.of(ZOO[name]())
+
+    def wiring(copy: range) -> list[list[int | None]]:
+        """For each operator where in its copy each input is computed; None for what comes from outside."""
+        made = {v: i - copy[0] for i in copy for v in graph.ops[i].outputs}
+        return [[made.get(v) for v in graph.ops[i].inputs] for i in copy]
+
+    assert repeated(graph)
+    for block in repeated(graph):
+        first, *others = (wiring(copy) for copy in block.copies())
+        assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "counts"),
     [

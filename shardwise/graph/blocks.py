@@ -112,10 +112,15 @@ class _Finder:
             if bad - start >= period:
                 slack = (bad - start) % period
                 count = (bad - start) // period + 1
-                at = min(range(start, start + slack + 1), key=lambda s: (self._cost(s, period, count), s))
+                cheapest = sorted(range(start, start + slack + 1), key=lambda s: (self._cost(s, period, count), s))
+                # Where copies begin decides what comes from outside of them. From `start` on they match.
+                at = next(s for s in cheapest if self._match(s, period, count))
                 if any(self.holds_weights[at : at + period]):
                     yield Block(at, period, count)
             start = bad + 1
+
+    def _match(self, start: int, period: int, count: int) -> bool:
+        return all(self._alike(i, start, period) for i in range(start, start + (count - 1) * period))
 
     def _alike(self, i: int, start: int, period: int) -> bool:
         copy = start + (i - start) // period * period

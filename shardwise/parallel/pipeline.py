@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shardwise.parallel.channels import Channels
+from shardwise.parallel.collectives import all_reduce_
 from shardwise.parallel.defer import Recorder, Tape
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.schedule import Action
@@ -208,7 +208,4 @@ class Pipeline:
 
 def total_over_stages(results: Tensor, axis: Axis | None) -> Tensor:
     """What all stages together computed, on every rank."""
-    if axis is not None and axis.group is not None:
-        axis.record("all_reduce", results.numel() * results.element_size())
-        dist.all_reduce(results, group=axis.group)
-    return results
+    return results if axis is None else all_reduce_(results, axis)

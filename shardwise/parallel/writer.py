@@ -142,8 +142,12 @@ class Writer:
         dim = value.dims[pos].leaves()[leaf]
         chain = tuple((x.size, x.rank) for x in self._chain(value, pos, leaf, states))
         if dim.size == BATCH:
-            own: Number = self.number_call(lower.local_start, self.samples, chain) if chain else 0
-            return self.number_call(lower.plus, self.first, own) if own != 0 else self.first
+            samples = self._samples(pos, leaf, states)
+            first: Number = self.first if samples is self.samples else 0
+            if not chain:
+                return first
+            own = self.number_call(lower.local_start, samples, chain)
+            return self.number_call(lower.plus, first, own)
         start, size = 0, dim.size.coefficient
         for parts, index in chain:
             size //= parts

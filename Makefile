@@ -24,6 +24,7 @@ check: lint types imports quick ## the fast part of it
 
 lint: $(STAMPS)/test ## ruff
 	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
 
 types: $(STAMPS)/test ## mypy, strict
 	$(BIN)/mypy

@@ -96,9 +96,7 @@ def kept(job: Job, plan: Plan) -> tuple[bool, list[str], list[str], list[str]]:
     return list(state) == list(module.state_dict()), sorted(set(before) - set(same)), same, learned
 
 
-@pytest.mark.parametrize(
-    "plan", [DATA, ZERO1, ZERO2, ZERO3, HEADS, staged(language(FrozenLM))], ids=Plan.title
-)
+@pytest.mark.parametrize("plan", [DATA, ZERO1, ZERO2, ZERO3, HEADS, staged(language(FrozenLM))], ids=Plan.title)
 def test_frozen_and_unused_parameters_stay_as_they_were(pool: Pool, plan: Plan) -> None:
     job = language(FrozenLM)
     for _, changed, same, learned in pool(2).run(kept, job, plan):

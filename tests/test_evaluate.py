@@ -78,9 +78,7 @@ def tokens() -> Job:
         total = nn.functional.cross_entropy(flat, target, ignore_index=IGNORED, reduction="sum")
         return total, (target != IGNORED).sum()
 
-    return Job(
-        model=_seeded(Attention), data=TensorDataset(ids, labels), loss=loss, optimizer=_sgd, global_batch=8
-    )
+    return Job(model=_seeded(Attention), data=TensorDataset(ids, labels), loss=loss, optimizer=_sgd, global_batch=8)
 
 
 def _seeded(kind: type[nn.Module]) -> Any:

@@ -29,9 +29,7 @@ from tests.zoo.plain import CausalLM, ConvNet, class_loss, next_token_loss
 
 @cache
 def language() -> tuple[Job, Graph]:
-    job = Job(
-        model=partial(CausalLM, layers=1), data=CausalTokens(vocab=128), loss=next_token_loss, global_batch=8
-    )
+    job = Job(model=partial(CausalLM, layers=1), data=CausalTokens(vocab=128), loss=next_token_loss, global_batch=8)
     return job, Graph.of(job)
 
 
@@ -153,9 +151,7 @@ def test_a_bias_is_added_after_the_sum() -> None:
 
 
 def test_channels_of_convolutions_alternate() -> None:
-    graph = Graph.of(
-        Job(model=partial(ConvNet, classes=8), data=Images(classes=8), loss=class_loss, global_batch=8)
-    )
+    graph = Graph.of(Job(model=partial(ConvNet, classes=8), data=Images(classes=8), loss=class_loss, global_batch=8))
     first, second = (graph.params[f"blocks.{n}.0.weight"] for n in (0, 1))
     inner = first.dims[0].leaves()[0]
     assert inner is second.dims[1].leaves()[0]
@@ -246,9 +242,7 @@ def test_samples_that_are_coupled_cannot_be_cut_in_time() -> None:
 
 
 def test_batch_norm_cannot_be_cut_in_time_unless_that_is_chosen() -> None:
-    graph = Graph.of(
-        Job(model=partial(ConvNet, classes=8), data=Images(classes=8), loss=class_loss, global_batch=8)
-    )
+    graph = Graph.of(Job(model=partial(ConvNet, classes=8), data=Images(classes=8), loss=class_loss, global_batch=8))
     with pytest.raises(PlanError, match=r"statistics over the whole batch.*use one micro-batch, or batch-norm per-"):
         split(graph, micro_batches=2)
     early = split(graph, micro_batches=2, batch_norm="per-micro-batch").early
@@ -297,5 +291,3 @@ def test_a_skip_travels_through_the_stages_that_it_skips() -> None:
 def test_cuts_that_are_not_there_or_out_of_order_are_refused(cuts: tuple[str, ...], message: str) -> None:
     with pytest.raises(PlanError, match=re.escape(message)):
         split(skips(), pipeline(), cuts=cuts)
-
-

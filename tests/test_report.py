@@ -147,11 +147,22 @@ def test_decades_enclose() -> None:
 
 def test_lines_that_coincide_are_all_seen() -> None:
     curve = ((1.0, 3.0), (2.0, 2.0))
-    svg = lines([Series("a", curve), Series("b", curve)], title="Loss", x_label="step", y_label="loss (nats)")
+    svg = lines([Series("a", curve), Series("b", curve)], title="Loss", x_label="step", y_label="nats", nested=True)
     widths = [float(w) for w in re.findall(r'<polyline[^>]*stroke-width="([\d.]+)"', svg)]
     assert widths[0] > widths[1] >= 1.5
-    assert ">step</text>" in svg and ">loss (nats)</text>" in svg
+    assert ">step</text>" in svg and ">nats</text>" in svg
     assert 'aria-label="Loss"' in svg
+
+
+def test_a_line_has_the_same_colour_in_every_plot() -> None:
+    both = [Series("a", ((1.0, 3.0), (2.0, 2.0))), Series("b", ((1.0, 2.0), (2.0, 3.0)))]
+
+    def colours(svg: str) -> list[str]:
+        return re.findall(r'stroke="var\((--c\d)\)" stroke-width="2\.0"', svg)
+
+    second = colours(lines(both, title="t", x_label="x", y_label="y"))[1]
+    alone = colours(lines(both[1:], title="t", x_label="x", y_label="y", first_colour=1))
+    assert alone == [second, second], "the line and its key"
 
 
 def test_points_of_zero_are_drawn_on_a_logarithmic_axis() -> None:

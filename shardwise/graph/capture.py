@@ -65,9 +65,7 @@ def caller(module: nn.Module) -> Callable[[Batch], Any]:
     return call
 
 
-def mean_loss(
-    loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batch
-) -> tuple[Tensor, Tensor | None]:
+def mean_loss(loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """The loss of a batch as one number: what the loss returns, or sum divided by count; then the count, if it is told.
 
     Raises:
@@ -264,9 +262,7 @@ def _without_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def _collect(
-    exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int
-) -> Captured:
+def _collect(exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int) -> Captured:
     graph = exported.graph
     params, buffers, constants, inputs = {}, {}, {}, []
     for spec in exported.graph_signature.input_specs:

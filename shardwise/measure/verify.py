@@ -166,9 +166,7 @@ def _candidates(job: Job, ranks: int, wanted: Sequence[str]) -> list[Candidate]:
     return [c for c in strategies(job, ranks) if c.strategy in wanted]
 
 
-def _on_one_device(
-    job: Job, dtype: torch.dtype, steps: int, folder: Path, spec: str | None
-) -> tuple[_Task, str]:
+def _on_one_device(job: Job, dtype: torch.dtype, steps: int, folder: Path, spec: str | None) -> tuple[_Task, str]:
     """Runs the job as it is, and keeps what it computed; with a note where it ran in another dtype."""
     batches = first_batches(job, steps)
     note = ""

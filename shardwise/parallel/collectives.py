@@ -95,9 +95,7 @@ def _padded(x: Tensor, length: int) -> Tensor:
     return x if x.shape[0] == length else torch.cat([x, x.new_zeros((length - x.shape[0], *x.shape[1:]))])
 
 
-def exchange_parts(
-    x: Tensor, axis: Axis, source: tuple[int, int, Sizes], target: tuple[int, int, Sizes]
-) -> Tensor:
+def exchange_parts(x: Tensor, axis: Axis, source: tuple[int, int, Sizes], target: tuple[int, int, Sizes]) -> Tensor:
     """From a cut along one leaf to a cut along another (all-to-all)."""
     if axis.group is None:
         return x

@@ -44,9 +44,7 @@ class Split:
         PlanError: the plan does not fit the graph.
     """
 
-    def __init__(
-        self, graph: Graph, plan: Plan, mesh: Mesh, bounds: Sequence[tuple[int, int]] | None = None
-    ) -> None:
+    def __init__(self, graph: Graph, plan: Plan, mesh: Mesh, bounds: Sequence[tuple[int, int]] | None = None) -> None:
         self.graph, self.plan, self.mesh = graph, plan, mesh
         self.timed = plan.micro_batches > 1
         split_axes = [SplitAxis(a.name, a.size, a.dims) for a in plan.axes if a.name != PIPELINE]
@@ -86,9 +84,7 @@ class Split:
         start = micro.first + lower.local_start(micro.samples, chain)
         return start, start + lower.local_count(micro.samples, chain)
 
-    def local_shape(
-        self, value: Value, states: States, micro: Micro, first: Axis | None = None
-    ) -> tuple[int, ...]:
+    def local_shape(self, value: Value, states: States, micro: Micro, first: Axis | None = None) -> tuple[int, ...]:
         """The shape of a tensor on this rank, for a micro-batch.
 
         With an axis `first` on the first rank along it, which has the largest part where samples do not divide.
@@ -153,9 +149,7 @@ class Split:
 
     def stored(self, value: Value) -> list[tuple[str, int, int]]:
         """Which part of a parameter this rank keeps: equal for equal parts, whatever the dims are called."""
-        return [
-            (axis.name, cut.pos, self._param_lead(value, cut, a)) for a, (axis, cut, _) in self._cuts(value)
-        ]
+        return [(axis.name, cut.pos, self._param_lead(value, cut, a)) for a, (axis, cut, _) in self._cuts(value)]
 
     def sums(self, value: Value) -> tuple[Axis, ...]:
         """The mesh axes over which a parameter's gradient is to be summed."""

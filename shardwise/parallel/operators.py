@@ -156,9 +156,7 @@ def _vocabulary(call: Call, letter: Letter | None) -> fx.Node | None:
     if letter is None:
         return None
     a = call.args
-    return call.writer.call(
-        lower.embedding, a["weight"], a["indices"], call.start_of(letter), a.get("padding_idx", -1)
-    )
+    return call.writer.call(lower.embedding, a["weight"], a["indices"], call.start_of(letter), a.get("padding_idx", -1))
 
 
 def _classes(call: Call, letter: Letter | None) -> fx.Node | None:
@@ -317,5 +315,3 @@ _ALWAYS: dict[str, Callable[[Call], fx.Node | None]] = {
     "shardwise.uniform": _random,
     "shardwise.normal": _random,
 }
-
-

@@ -181,9 +181,7 @@ def _bucket(members: Sequence[tuple[str, nn.Parameter]], axis: Axis, also: tuple
         flat[start : start + param.numel()] = param.detach().reshape(-1)
     part = length // axis.size
     shard = nn.Parameter(flat[axis.rank * part : (axis.rank + 1) * part].clone())
-    bucket = FlatBucket(
-        [n for n, _ in members], [p.shape for _, p in members], starts, length, axis, also, shard
-    )
+    bucket = FlatBucket([n for n, _ in members], [p.shape for _, p in members], starts, length, axis, also, shard)
     for i, (name, _) in enumerate(members):
         low, high = bucket.span(i)
         if high > low:

@@ -71,7 +71,7 @@ def _tiles(ran: Sequence[Measured], chosen: Measured) -> str:
     tiles = [
         (duration(chosen.seconds), f"a step, {chosen.name}"),
         (times(one.seconds / chosen.seconds), f"as fast as {one.name}"),
-        (percent(chosen.communication), "of a step in communication"),
+        (percent(chosen.communication), "of a step in communication alone"),
         (small(max((r.difference(one) for r in others), default=math.nan)), "largest loss difference of all"),
     ]
     cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
@@ -89,7 +89,7 @@ def _time(ran: Sequence[Measured]) -> str:
         share = run.communication if math.isfinite(run.communication) else 0.0
         whole = run.seconds * 1e3
         rows.append(Bar(run.name, (whole * (1 - share), whole * share), duration(run.seconds)))
-    parts = ["computing alone", "a collective under way, the wait for other ranks included"]
+    parts = ["computing", "communication that nothing hides, the wait for other ranks included"]
     return bars(rows, parts=parts, title="Median time of a step", x_label="milliseconds a step")
 
 
@@ -108,10 +108,12 @@ def _losses(ran: Sequence[Measured]) -> str:
     curves = [Series(run.name, tuple(enumerate(run.losses, 1))) for run in ran]
     gaps = [Series(run.name, tuple(enumerate(_distances(run, one), 1))) for run in ran[1:]]
     title = "Training loss: the curves lie on each other"
-    figures = lines(curves, title=title, x_label="step", y_label="cross-entropy (nats a byte)")
+    figures = lines(curves, title=title, x_label="step", y_label="cross-entropy (nats a byte)", nested=True)
     if any(y > 0 for s in gaps for _, y in s.points):
         title = f"Distance of the loss from {one.name}"
-        figures += lines(gaps, title=title, x_label="step", y_label="|difference| (nats)", log=True, height=280)
+        figures += lines(
+            gaps, title=title, x_label="step", y_label="|difference| (nats)", log=True, height=280, first_colour=1
+        )
     return figures
 
 
@@ -164,6 +166,7 @@ table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums;
 caption { text-align:left; padding-bottom:.4em; font-size:.95rem; }
 th, td { text-align:left; padding:6px 10px; border-bottom:1px solid var(--line); vertical-align:top; }
 th { font-weight:600; }
+td:first-child { white-space:nowrap; }
 th.n, td.n { text-align:right; white-space:nowrap; }
 pre { background:var(--box); border-radius:8px; padding:14px 16px; overflow-x:auto; font-size:.88rem;
   white-space:pre-wrap; overflow-wrap:anywhere; }

@@ -32,11 +32,21 @@ class Bar:
 
 
 def lines(
-    series: Sequence[Series], *, title: str, x_label: str, y_label: str, log: bool = False, height: int = 340
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    height: int = 340,
+    first_colour: int = 0,
+    nested: bool = False,
 ) -> str:
-    """Lines over each other, the first the widest, so that lines that coincide are all seen.
+    """Lines over each other.
 
     Args:
+        first_colour: the number of the first line's colour, so that a line has the same one in every plot.
+        nested: the first is the widest, so that lines that coincide are all seen.
         log: whether the y axis is logarithmic; points that are not above zero are then drawn at its foot.
     """
     shown = [s for s in series if s.points]
@@ -56,11 +66,13 @@ def lines(
     body = [_rule(up(y), power(y) if log else short(y)) for y in marks]
     body += [_tick(across(x), short(x), height) for x in ticks(min(xs), max(xs)) if min(xs) <= x <= max(xs)]
     body += [_labels(x_label, y_label, height)]
+    widths = [_line(i, len(shown)) if nested else 2.0 for i in range(len(shown))]
     for i, s in enumerate(shown):
         path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in s.points if math.isfinite(y))
-        look = f'stroke="var(--c{i % COLOURS})" stroke-width="{_line(i, len(shown))}"'
+        look = f'stroke="var(--c{(first_colour + i) % COLOURS})" stroke-width="{widths[i]}"'
         body.append(f'<polyline points="{path}" fill="none" {look} stroke-linejoin="round" stroke-linecap="round"/>')
-    return _figure(title, _svg(title, body, height), [(s.name, _line(i, len(shown))) for i, s in enumerate(shown)])
+    legend = [(s.name, width) for s, width in zip(shown, widths, strict=True)]
+    return _figure(title, _svg(title, body, height), legend, first=first_colour)
 
 
 def bars(rows: Sequence[Bar], *, parts: Sequence[str], title: str, x_label: str) -> str:
@@ -167,11 +179,11 @@ def _svg(title: str, body: Sequence[str], height: float) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">' + "".join(body) + "</svg>"
 
 
-def _figure(title: str, svg: str, legend: Sequence[tuple[str, float]], colour: str = "c") -> str:
+def _figure(title: str, svg: str, legend: Sequence[tuple[str, float]], colour: str = "c", first: int = 0) -> str:
     keys = "".join(
         f'<li><svg viewBox="0 0 28 14" aria-hidden="true"><line x1="3" x2="25" y1="7" y2="7" '
         f'stroke="var(--{colour}{i % COLOURS})" stroke-width="{min(width, 13)}"/></svg>{escape(name)}</li>'
-        for i, (name, width) in enumerate(legend)
+        for i, (name, width) in enumerate(legend, first)
     )
     listed = f'<ul class="legend">{keys}</ul>' if keys else ""
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}{listed}</figure>"

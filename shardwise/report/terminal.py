@@ -22,7 +22,7 @@ class Measured:
         why: why this plan, or why there is none.
         plan: the plan that ran; None where the strategy does not apply.
         seconds: median of a step.
-        communication: the part of a step during which a collective is under way, from 0 to 1.
+        communication: the part of a step in which a collective is under way and nothing is computed, from 0 to 1.
         memory: largest peak of a rank, in bytes.
         memory_before: what of it that rank had before the model was built.
         losses: of each step.

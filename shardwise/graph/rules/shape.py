@@ -216,5 +216,3 @@ def unfold(c: OpContext) -> None:
 def samples_only(c: OpContext) -> None:
     if c.inputs[0].ndim == 4 or c.out.ndim == 4:
         c.tie(c.inputs[0], 0, c.out, 0)
-
-

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from shardwise.graph.dims import Size, product
 from shardwise.graph.rules.context import OpContext, Operand
 from shardwise.graph.rules.table import rules
@@ -86,7 +88,22 @@ def einsum(c: OpContext) -> None:
         if letter not in right:
             c.sum_over(x, i)
     c.linear_in(*c.inputs)
-    c.work = Size(2) * product(x.size(i) for x, i in first.values())
+    c.work = _pairwise(terms, right, {letter: x.size(i) for letter, (x, i) in first.items()})
+
+
+def _pairwise(terms: Sequence[str], right: str, sizes: Mapping[str, Size]) -> Size:
+    """Work of an einsum as torch does it: two operands at a time, from the left; a letter is summed when it is done.
+
+    Steps that grow more slowly with the batch than others are left out.
+    """
+    steps, made = [Size(0)], terms[0]
+    for n, term in enumerate(terms[1:], 2):
+        both = dict.fromkeys(made + term)
+        steps.append(Size(2) * product(sizes[letter] for letter in both))
+        later = right + "".join(terms[n:])
+        made = "".join(letter for letter in both if letter in later)
+    power = max(step.power for step in steps)
+    return Size(sum(step.coefficient for step in steps if step.power == power), power)
 
 
 @rules(["scaled_dot_product_attention"])

@@ -253,3 +253,9 @@ def test_many_random_graphs(pool: Pool, ranks: int, drawn: st.DataObject) -> Non
     tokens, spec, loss = drawn.draw(JOBS, label="job")
     plan = a_plan(drawn.draw, Graph.of(job(tokens, spec, loss)), ranks)
     check(pool, tokens, spec, loss, plan)
+
+
+def test_a_cut_inside_of_one_that_goes_is_made_anew(pool: Pool) -> None:
+    # Both axes cut the samples of the input; the first of them then cuts what the first operator sums over.
+    axes = (PlanAxis("a", 2, ("width@parts.0", "batch")), PlanAxis("b", 2, ("classes@head", "batch")))
+    check(pool, False, (("matmul", 8), ("mlp",), ("heads", 2, "norm")), "cross", Plan(axes, bucket_bytes=64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -42,7 +43,9 @@ class Converter:
         """Leave the cuts and sums that `target` does not have; `now` becomes what is left."""
         w, grad = self.writer, value in self.graph.needs_grad
         for a in reversed(range(len(now))):
-            old, new = now[a], target[a]
+            # A cut inside of one that comes or goes holds other parts afterwards, so that it is made anew.
+            anew = isinstance(target[a], Cut) and _moves(target[a], now[:a], target[:a])
+            old, new = now[a], WHOLE if anew else target[a]
             axis = w.axes[a]
             if axis is None or old == new:
                 continue
@@ -130,6 +133,11 @@ def _announce(
     for when, what in (("sends", forward), ("answers", backward)):
         if what is not None:
             node.meta[when] = [(what[0], axis, value, what[1])]
+
+
+def _moves(cut: State, now: Sequence[State], target: Sequence[State]) -> bool:
+    """Whether an axis begins or ends to cut what `cut` cuts."""
+    return any((old == cut) != (new == cut) for old, new in zip(now, target, strict=True))
 
 
 def _same_pos(a: Cut, b: State) -> bool:

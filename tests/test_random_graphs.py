@@ -259,3 +259,12 @@ def test_a_cut_inside_of_one_that_goes_is_made_anew(pool: Pool) -> None:
     # Both axes cut the samples of the input; the first of them then cuts what the first operator sums over.
     axes = (PlanAxis("a", 2, ("width@parts.0", "batch")), PlanAxis("b", 2, ("classes@head", "batch")))
     check(pool, False, (("matmul", 8), ("mlp",), ("heads", 2, "norm")), "cross", Plan(axes, bucket_bytes=64))
+
+
+def test_a_stage_that_keeps_nothing_of_its_block_gathers_once(pool: Pool) -> None:
+    # The second stage of the block adds a bias, which leaves nothing to compute again.
+    spec = (("residual", 3),)
+    learned = [op for op in Graph.of(job(False, spec, "mse")).ops if op.name == "aten.add" and op.module == "head"]
+    axes = (pipeline(), PlanAxis("data", 2, ("batch",)))
+    changes = {"cuts": (learned[0].id,), "schedule": "gpipe", "zero": 3, "recompute": ("*",), "bucket_bytes": 64}
+    check(pool, False, spec, "mse", Plan(axes, micro_batches=2, **changes))

@@ -83,7 +83,7 @@ class _Finder:
         producer = graph.producer
         self.sources = [[producer[v].index if v in producer else -1 for v in op.inputs] for op in graph.ops]
         numbers: dict[Any, int] = {}
-        self.keys = torch.tensor([numbers.setdefault(_key(op), len(numbers)) for op in graph.ops])
+        self.keys = torch.tensor([numbers.setdefault(key_of(op), len(numbers)) for op in graph.ops])
         params = set(graph.params.values())
         self.holds_weights = [any(v in params for v in op.inputs) for op in graph.ops]
         self.crossing = _crossing(graph)
@@ -142,7 +142,7 @@ def _runs(equal: torch.Tensor, least: int) -> list[tuple[int, int]]:
     return list(zip(starts[long].tolist(), stops[long].tolist(), strict=True))
 
 
-def _key(op: Op) -> Any:
+def key_of(op: Op) -> Any:
     """What an operator is, apart from where its inputs come from and what they are called."""
 
     def plain(argument: Any) -> Any:

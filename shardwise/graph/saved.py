@@ -1,4 +1,4 @@
-"""Which tensors autograd saves for backward, observed: each operator runs under fake tensors with torch's own hooks."""
+"""Which tensors autograd saves for backward, observed: operators run under fake tensors with torch's own hooks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 
+from shardwise.graph.blocks import key_of
 from shardwise.graph.dims import Size, product
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
@@ -29,22 +30,46 @@ class Saved(NamedTuple):
 def saved(graph: Graph) -> Mapping[Op, Saved]:
     """What every operator keeps for backward, in one forward pass.
 
-    An operator that does not run under fake tensors is taken to keep all its inputs and outputs.
+    Operators that are alike are looked at once. One that does not run under fake tensors is taken to keep all its
+    inputs and outputs.
     """
     roots: dict[Value, Value] = {}
+    seen: dict[Any, _Seen] = {}
     found = {}
     for op in graph.ops:
-        try:
-            found[op] = _observe(graph, op, roots)
-        except Exception:  # whatever an operator raises under fake tensors: it only costs precision here
-            found[op] = Saved(tuple(dict.fromkeys(roots.get(v, v) for v in [*op.inputs, *op.outputs])), ())
+        # Aliases matter: an operator on one tensor twice keeps it once.
+        places = tuple(op.inputs.index(v) for v in op.inputs)
+        key = (key_of(op), places, tuple(v in graph.needs_grad for v in op.inputs))
+        if key not in seen:
+            seen[key] = _observe(graph, op)
+        look = seen[key]
+        tensors = [*op.inputs, *op.outputs]
+        for out, source in look.views:
+            roots[op.outputs[out]] = roots.get(op.inputs[source], op.inputs[source])
+        kept = dict.fromkeys(roots.get(tensors[i], tensors[i]) for i in look.kept)
+        found[op] = Saved(tuple(kept), look.others)
     return found
 
 
-def _observe(graph: Graph, op: Op, roots: dict[Value, Value]) -> Saved:
+class _Seen(NamedTuple):
+    """What was seen of an operator: the places of kept tensors among its inputs and outputs, and which are views."""
+
+    kept: tuple[int, ...]
+    others: tuple[Size, ...]
+    views: tuple[tuple[int, int], ...]
+
+
+def _observe(graph: Graph, op: Op) -> _Seen:
+    try:
+        return _run(graph, op)
+    except Exception:  # whatever an operator raises under fake tensors: it only costs precision here
+        return _Seen(tuple(range(len(op.inputs) + len(op.outputs))), (), ())
+
+
+def _run(graph: Graph, op: Op) -> _Seen:
     mode = detect_fake_mode([n.meta.get("val") for n in [op.node, *op.node.all_input_nodes]])
     if mode is None:
-        return Saved((), ())
+        return _Seen((), (), ())
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -63,24 +88,27 @@ def _observe(graph: Graph, op: Op, roots: dict[Value, Value]) -> Saved:
         assert callable(op.node.target)
         with saved_tensors_hooks(pack, lambda t: t):
             made = op.node.target(*args, **kwargs)
-    inputs = {_storage(t): v for n, t in given.items() if (v := graph.value(n)) is not None}
+    inputs: dict[int, int] = {}
+    for node, tensor in given.items():
+        value = graph.value(node)
+        if value is not None and value in op.inputs:
+            inputs.setdefault(_storage(tensor), op.inputs.index(value))
     outputs = [made] if isinstance(made, Tensor) else list(made) if isinstance(made, (list, tuple)) else []
-    owners = dict(inputs)
-    for tensor, value in zip(outputs, op.outputs, strict=False):
+    owners, views = dict(inputs), []
+    for place, tensor in enumerate(outputs[: len(op.outputs)]):
         if isinstance(tensor, Tensor):
-            root = inputs.get(_storage(tensor))
-            if root is not None:
-                roots[value] = roots.get(root, root)
-            owners.setdefault(_storage(tensor), value)
-    values: dict[Value, None] = {}
+            if _storage(tensor) in inputs:
+                views.append((place, inputs[_storage(tensor)]))
+            owners.setdefault(_storage(tensor), len(op.inputs) + place)
+    found: dict[int, None] = {}
     others: list[Size] = []
     for tensor in {id(t): t for t in kept}.values():
         owner = owners.get(_storage(tensor))
         if owner is not None:
-            values[roots.get(owner, owner)] = None
+            found[owner] = None
         else:
             others.append(product([graph.size(s) for s in tensor.shape]) * tensor.element_size())
-    return Saved(tuple(values), tuple(others))
+    return _Seen(tuple(found), tuple(others), tuple(views))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -111,6 +111,8 @@ def _ends(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node], list[
     for node in list(inside):
         if node.target in _NO_LARGER and inside.keys().isdisjoint(node.all_input_nodes):
             del inside[node]
+    if all(node.meta.get("serves", False) for node in inside):
+        return list(nodes), [], []  # what it was gathered for keeps nothing
     return [node for node in nodes if node not in inside and node not in after], list(inside), after
 
 

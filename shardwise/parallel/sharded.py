@@ -281,5 +281,5 @@ def gather_in(module: fx.GraphModule, bucket: FlatBucket, wanted: Sequence[str],
     if len(blocks) == 1 and "" not in blocks:
         # Recomputed with the block that alone uses it.
         for node in (gathered, *items.values(), released):
-            node.meta["block"] = next(iter(blocks))
+            node.meta["block"], node.meta["serves"] = next(iter(blocks)), True
     return True

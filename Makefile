@@ -10,7 +10,7 @@ CODE   := $(wildcard shardwise tests benchmarks examples docs)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types imports quick tests prove bench bench-runtime docs clean
+.PHONY: help demo test check lint types imports quick tests prove bench bench-runtime bench-published docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
@@ -42,10 +42,13 @@ prove: $(STAMPS)/test $(STAMPS)/weights ## the long proofs, and their table in d
 	$(BIN)/python -m pytest -m prove tests
 	$(BIN)/python -m tests.coverage_table --out docs/coverage.md
 
-bench: bench-runtime ## all benchmarks
+bench: bench-runtime ## all benchmarks that need no data
 
 bench-runtime: $(STAMPS)/bench ## speed against torch's own ways, as ratios
 	$(BIN)/python -m benchmarks.runtime
+
+bench-published: $(STAMPS)/bench ## price the plans of published runs: DATA=TABLE.csv OUT=PREDICTED.csv
+	$(BIN)/python -m benchmarks.published $(DATA) --out $(OUT)
 
 docs: $(STAMPS)/docs ## the documentation, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -54,6 +57,9 @@ docs: $(STAMPS)/docs ## the documentation, in docs/_build/html
 clean: ## remove caches and built files; .venv stays
 	rm -rf build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+DATA ?= $(error name the table: make bench-published DATA=TABLE.csv OUT=PREDICTED.csv)
+OUT  ?= predictions.csv
 
 # What is installed. A stamp is older than pyproject.toml or constraints.txt when it must be installed again.
 

@@ -30,6 +30,10 @@ class PlanError(UserError):
     """A plan that does not fit the graph, the ranks or the batch."""
 
 
+class MachineError(UserError):
+    """A device, network or cluster that is unknown, or whose description lacks a number or has a wrong one."""
+
+
 class LaunchError(UserError):
     """A launch that cannot start: a port in use, an address that is not trusted, a missing device."""
 

@@ -12,12 +12,14 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from shardwise.cli import _parser
+from shardwise.cost.profile import PROFILES
 from shardwise.plan.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -173,3 +175,14 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def test_the_profiles_are_those_of_the_page() -> None:
+    page = (ROOT / "docs" / "how-it-prices.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    names = rows[0][1:]
+    shown = {(name, row[0]): cell for row in rows[1:] for name, cell in zip(names, row[1:], strict=True)}
+    real = {(p.name, f.name): str(getattr(p, f.name)) for p in PROFILES.values() for f in fields(p) if f.name != "name"}
+    assert shown == real

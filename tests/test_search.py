@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from shardwise.cost.device import Device
-from shardwise.cost.price import Message, exchanged, price
+from shardwise.cost.price import Message, price
+from shardwise.cost.work import exchanged
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.job import Job

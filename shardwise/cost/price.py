@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from shardwise.cost.device import Device
+from shardwise.cost.work import exchanged
 from shardwise.graph.graph import Op
 from shardwise.graph.rules import Value
 from shardwise.parallel.hybrid import Split
-from shardwise.parallel.layout import PARTIAL, VARIES, Cut, State, States
+from shardwise.parallel.layout import VARIES, Cut, State, States
 
 
 class Message(NamedTuple):
@@ -92,23 +93,6 @@ def _conversions(split: Split, value: Value, uses: set[States], batch: int) -> I
             kinds = there + (back if value in split.graph.needs_grad else ())
             for kind in kinds:
                 yield Message(kind, axis.size, split.plan.micro_batches, size / split.plan.pipeline)
-
-
-def exchanged(made: State, need: State) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The collectives that turn a tensor from one state into another, and those of its gradient."""
-    if made == need:
-        return (), ()
-    if made == PARTIAL:
-        if isinstance(need, Cut):
-            return ("reduce_scatter",), ("all_gather",)
-        return ("all_reduce",), ("all_reduce",) if need == VARIES else ()
-    if isinstance(made, Cut):
-        if isinstance(need, Cut):
-            return ("all_to_all",), ("all_to_all",)
-        return ("all_gather",), ("reduce_scatter",) if need == VARIES else ()
-    if isinstance(need, Cut):
-        return (), ("all_gather",)
-    return (), ("all_reduce",) if need == VARIES else ()
 
 
 def _gradients(split: Split, name: str) -> Iterator[Message]:

@@ -1,0 +1,87 @@
+"""Seconds of one operator on one device: a roofline, with what keeps products of small matrices below it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from shardwise.cost.work import ATTENTION, NOTHING, PRODUCT, Product, Task
+from shardwise.machine.device import Device
+
+_TILES = ((256, 128, 1.0), (128, 128, 0.92), (128, 64, 0.75), (64, 64, 0.55))
+"""Blocks of the result that one multiprocessor computes, and the share of its rate that it reaches with them."""
+_FILL = 128.0  # products of a block's depth before its pipeline is full
+_BACK_ATTENTION = 2.5  # fused attention computes the scores again: 5 products to 2 (Dao et al., 2022)
+
+
+class Kernels:
+    """Seconds of operators on one device.
+
+    Args:
+        device: the device.
+        flash: whether attention is fused; else scores are written and read.
+        passes: how many times as long as their bytes ask for operators bound by memory take.
+    """
+
+    def __init__(self, device: Device, *, flash: bool = True, passes: float = 1.0) -> None:
+        self.device, self.flash, self.passes = device, flash, passes
+        self._memory = device.bandwidth.value * device.reached.value
+
+    def forward(self, task: Task) -> float:
+        """Seconds of an operator's forward."""
+        if task.kind == PRODUCT and task.product is not None:
+            return self.product(task.product, task.dtype)
+        if task.kind == ATTENTION:
+            return self._attention(task, 1.0)
+        return self._moved(task, task.moved)
+
+    def backward(self, task: Task) -> float:
+        """Seconds of an operator's backward."""
+        if not task.gradients:
+            return 0.0
+        if task.kind == PRODUCT and task.product is not None:
+            n, rows, columns, depth = task.product
+            back = self.product(Product(n, rows, depth, columns), task.dtype)
+            if task.gradients > 1:
+                back += self.product(Product(n, depth, columns, rows), task.dtype)
+            return back
+        if task.kind == ATTENTION:
+            return self._attention(task, _BACK_ATTENTION if self.flash else 2.0)
+        return self._moved(task, task.moved_back)
+
+    def product(self, product: Product, dtype: torch.dtype) -> float:
+        """Seconds of matrix products."""
+        n, rows, columns, depth = product
+        rate = self.device.peak(precision_of(dtype)) * self.device.matmul.value
+        size = dtype.itemsize
+        moved = n * (rows * depth + depth * columns + rows * columns) * size / self._memory
+        units = self.device.units.value
+        if self.device.kind == "cpu":
+            return max(2 * n * rows * columns * depth / rate, moved)
+        best = math.inf
+        for high, wide, reached in _TILES:
+            tiles = n * math.ceil(rows / high) * math.ceil(columns / wide)
+            # Few blocks share their depth between multiprocessors.
+            shared = max(1.0, min(units // tiles, depth // 1024)) if tiles < units else 1.0
+            waves = math.ceil(tiles * shared / units)
+            best = min(best, waves * 2 * high * wide * (depth / shared + _FILL) / (rate / units * reached))
+        return max(best, moved)
+
+    def _attention(self, task: Task, times: float) -> float:
+        rate = self.device.peak(precision_of(task.dtype))
+        causal = bool(task.op.context.arguments.get("is_causal", False))
+        if self.flash:
+            return times * task.flops * (0.5 if causal else 1.0) / (rate * self.device.attention.value)
+        scores = task.flops / (4 * task.op.context.inputs[0].value.sizes[-1].coefficient)
+        # Scale, mask, softmax and dropout each write the scores and read them again.
+        moved = scores * task.dtype.itemsize * 6 * times
+        return times * task.flops / (rate * self.device.matmul.value) + moved / self._memory
+
+    def _moved(self, task: Task, moved: float) -> float:
+        return 0.0 if task.kind == NOTHING else moved * self.passes / self._memory
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """What a dtype is called among a device's precisions."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}.get(dtype, "fp32")

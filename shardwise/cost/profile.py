@@ -1,0 +1,86 @@
+"""Profile: how a framework runs a plan, where frameworks differ. A handful of numbers each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardwise.errors import MachineError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a framework runs a plan.
+
+    Attributes:
+        name: what it is called.
+        fused: which elementwise operators, norms and casts run as one, and keep for backward only what goes into them:
+            "none", those of one "modules", or "all".
+        flash: whether attention is one operator that keeps no scores.
+        prepared: whether what depends on the batch alone, such as masks, is made beforehand.
+        passes: how many times as long as their bytes ask for operators bound by memory take.
+        call: seconds of the host for each operator it starts.
+        weight: bytes of a weight; 0 for the model's own dtype.
+        gradient: bytes of a gradient as it is accumulated.
+        accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
+        send_gradient: bytes of a gradient as it is sent.
+        state: bytes of optimizer state for each weight, a master copy of it included.
+        update: seconds for each byte of state that an update reads and writes, as a multiple of the device's bandwidth.
+        overlap_data: share of backward behind which the reduction of gradients is hidden.
+        overlap_gather: share of computing behind which the gathering of sharded weights is hidden.
+        overlap_tensor: share of a tensor axis's collectives that is hidden.
+        reserve: share by which the allocator keeps more than is in use.
+        fixed: bytes of communication buffers and libraries' workspaces.
+    """
+
+    name: str
+    fused: str = "none"
+    flash: bool = True
+    prepared: bool = False
+    passes: float = 1.0
+    call: float = 0.0
+    weight: int = 0
+    gradient: int = 4
+    accumulate: int = 12
+    send_gradient: int = 4
+    state: int = 8
+    update: float = 3.0
+    overlap_data: float = 0.0
+    overlap_gather: float = 0.0
+    overlap_tensor: float = 0.0
+    reserve: float = 0.05
+    fixed: float = 0.0
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile("shardwise", overlap_data=0.5),
+        Profile(
+            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, weight=2, gradient=4, accumulate=10,
+            send_gradient=4, state=12, reserve=0.08, fixed=1e9,
+        ),
+        Profile(
+            "megatron", fused="all", flash=False, prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4,
+            state=12, reserve=0.06, fixed=1e9,
+        ),
+        Profile(
+            "torchtitan", fused="all", prepared=True, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,
+            overlap_data=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+        ),
+        Profile(
+            "fsdp", fused="modules", prepared=True, call=8e-6, weight=4, gradient=4, send_gradient=2, state=8,
+            overlap_data=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+        ),
+    )
+}  # fmt: skip
+
+
+def profile(name: str) -> Profile:
+    """A profile by its name.
+
+    Raises:
+        MachineError: there is none of this name.
+    """
+    if name not in PROFILES:
+        raise MachineError(f"no profile is called {name!r}; there are {', '.join(PROFILES)}")
+    return PROFILES[name]

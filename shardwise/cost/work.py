@@ -1,0 +1,355 @@
+"""Work: what every operator of a graph does on one rank, when tensor axes split it: operations, bytes, messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from shardwise.graph.graph import Graph, Op
+from shardwise.graph.rules import Value
+from shardwise.graph.saved import Saved
+from shardwise.parallel.layout import PARTIAL, VARIES, Cut, Layout, SplitAxis, State, States
+
+PRODUCT, ATTENTION, MEMORY, NOTHING = "product", "attention", "memory", "nothing"
+_ATTENTION = {"aten.scaled_dot_product_attention"}
+_CHANNELS_FIRST = ("aten.conv", "aten._conv")
+
+
+class Product(NamedTuple):
+    """Matrix products of one shape: `copies` times (rows × depth) by (depth × columns)."""
+
+    copies: float
+    rows: float
+    columns: float
+    depth: float
+
+
+class Message(NamedTuple):
+    """A collective of one operator's edge: on which axis, of which kind, the bytes of the whole tensor."""
+
+    axis: str
+    kind: str
+    size: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one operator does on one rank for one micro-batch.
+
+    Attributes:
+        op: the operator.
+        kind: PRODUCT, ATTENTION, MEMORY (bound by memory) or NOTHING (a view).
+        dtype: what it computes in.
+        flops: forward operations.
+        product: its matrix product, for a PRODUCT.
+        gradients: how many of its tensor inputs get a gradient.
+        read, written: bytes forward; tensors that never reach memory because operators are fused are left out.
+        read_back: bytes that backward reads and writes.
+        calls: 1 where it is an operator of its own, 0 where it is a part of another or a view.
+        forward, backward: collectives of its edges.
+    """
+
+    op: Op
+    kind: str
+    dtype: torch.dtype
+    flops: float
+    product: Product | None
+    gradients: int
+    moved: float
+    moved_back: float
+    calls: int
+    forward: tuple[Message, ...]
+    backward: tuple[Message, ...]
+
+
+class Work:
+    """What the operators of a graph do on one rank.
+
+    Args:
+        graph: the captured model.
+        axes: the mesh axes that split other dims than the batch.
+        saved: what each operator keeps for backward.
+        fused: which operators bound by memory run as one where they follow each other: "none", those of one module
+            ("modules": a norm, an activation), or "all".
+        prepared: whether what depends on the batch alone costs nothing.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        axes: Sequence[SplitAxis],
+        saved: Mapping[Op, Saved],
+        *,
+        fused: str = "none",
+        prepared: bool = False,
+    ) -> None:
+        self.graph, self.axes, self.saved = graph, tuple(axes), saved
+        self.fused, self.prepared = fused, prepared
+        self.layout = Layout(graph, axes)
+        self._params = {v: n for n, v in graph.params.items()}
+        self._tasks: dict[int, list[Task]] = {}
+
+    # -- sizes -------------------------------------------------------------------------------------------------------
+
+    def parts(self, states: Sequence[State]) -> int:
+        """Into how many parts a tensor in these states is cut."""
+        total = 1
+        for axis, state in zip(self.axes, states, strict=True):
+            if isinstance(state, Cut):
+                total *= axis.size
+        return total
+
+    def local(self, value: Value, samples: int, states: States | None = None) -> float:
+        """Entries of a tensor on one rank."""
+        return value.numel().at(samples) / self.parts(states if states is not None else self.layout.states[value])
+
+    def local_bytes(self, value: Value, samples: int, states: States | None = None) -> float:
+        """Bytes of a tensor on one rank."""
+        return self.local(value, samples, states) * value.dtype.itemsize
+
+    @cached_property
+    def weights(self) -> Mapping[str, float]:
+        """Entries of each parameter on one rank."""
+        return {n: self.local(v, 1) for n, v in self.graph.params.items()}
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+
+    def tasks(self, samples: int) -> list[Task]:
+        """What each operator does for a micro-batch of `samples` samples on this rank's data axes."""
+        if samples not in self._tasks:
+            self._tasks[samples] = [self._task(op, samples) for op in self.graph.ops]
+        return self._tasks[samples]
+
+    def _task(self, op: Op, samples: int) -> Task:
+        graph = self.graph
+        kind = self.kinds[op]
+        share = self.layout.share(op)
+        flops = op.context.work.at(samples) * share
+        gradients = len({v for v in op.inputs if v in graph.needs_grad})
+        needs = {operand.value: self.layout.needs(op, operand.slot) for operand in op.context.inputs}
+        out = sum(self.local_bytes(v, samples) for v in op.outputs if self._reaches_memory(v, op))
+        read = {v: self.local_bytes(v, samples, needs[v]) for v in needs if self._reaches_memory(v, op)}
+        # What an operator keeps and no other has, it writes in forward and reads in backward.
+        inside = sum(size.at(samples) for size in self.saved[op].others) * share if kind == MEMORY else 0.0
+        moved = sum(read.values()) + out + inside
+        grads = sum(size for v, size in read.items() if v in graph.needs_grad)
+        calls = int(kind != NOTHING and (kind != MEMORY or self.fused == "none" or out > 0))
+        learned = any(v in graph.learned for v in op.outputs)
+        if kind == NOTHING or (self.prepared and not learned):
+            moved = grads = out = flops = 0.0
+            calls = 0
+        back = moved + grads if gradients else 0.0
+        if op.name in _FREE_BACK:
+            back = 0.0
+        forward, backward = self._messages(op, samples)
+        dtype = next((v.dtype for v in op.outputs if v.dtype.is_floating_point), torch.float32)
+        product = self._product(op, samples, flops) if kind == PRODUCT else None
+        return Task(op, kind, dtype, flops, product, gradients, moved, back, calls, forward, backward)
+
+    @cached_property
+    def kinds(self) -> Mapping[Op, str]:
+        """What bounds each operator."""
+        found = {}
+        for op in self.graph.ops:
+            if op.name in _ATTENTION:
+                found[op] = ATTENTION
+            elif op.context.work.coefficient:
+                found[op] = PRODUCT
+            else:
+                found[op] = NOTHING if is_view(op) else MEMORY
+        return found
+
+    @cached_property
+    def _levels(self) -> Mapping[Op, int]:
+        """How many products lie at most before an operator: operators of one level can be fused."""
+        levels: dict[Op, int] = {}
+        producer = self.graph.producer
+        for op in self.graph.ops:
+            before = [producer[v] for v in op.inputs if v in producer]
+            levels[op] = max((levels[b] + (self.kinds[b] in (PRODUCT, ATTENTION)) for b in before), default=0)
+        return levels
+
+    @cached_property
+    def _readers(self) -> Mapping[Value, list[Op]]:
+        found: dict[Value, list[Op]] = {}
+        for op in self.graph.ops:
+            for v in op.inputs:
+                found.setdefault(v, []).append(op)
+        return found
+
+    def _fuses(self, a: Op, b: Op) -> bool:
+        """Whether what `a` computes for `b` never reaches memory."""
+        small = (MEMORY, NOTHING)
+        if self.kinds[a] not in small or self.kinds[b] not in small or self._levels[a] != self._levels[b]:
+            return False
+        return self.fused == "all" or (a.module == b.module != "")
+
+    def _reaches_memory(self, value: Value, op: Op) -> bool:
+        """Whether an operator reads or writes this tensor in memory."""
+        if self.fused == "none" or self.kinds[op] != MEMORY:
+            return True
+        producer = self.graph.producer.get(value)
+        if producer is None:
+            return True
+        if producer is not op:
+            return not self._fuses(producer, op)
+        readers = self._readers.get(value, [])
+        return not readers or any(not self._fuses(op, reader) for reader in readers)
+
+    def _product(self, op: Op, samples: int, flops: float) -> Product:
+        out = op.context.out.value
+        position = 1 if op.name.startswith(_CHANNELS_FIRST) else -1
+        states = self.layout.states[out]
+        entries = self.local(out, samples)
+        columns = float(out.sizes[position].at(samples)) if out.sizes else 1.0
+        for axis, state in zip(self.axes, states, strict=True):
+            if isinstance(state, Cut) and out.ndim and state.pos == position % out.ndim:
+                columns /= axis.size
+        columns = max(columns, 1.0)
+        weight = any(v in self._params for v in op.inputs)
+        rows = float(out.sizes[-2].at(samples)) if not weight and out.ndim > 2 else max(entries / columns, 1.0)
+        count = max(entries / (rows * columns), 1.0)
+        return Product(count, rows, columns, flops / max(2 * entries, 1))
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def _messages(self, op: Op, samples: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+        forward, backward = [], []
+        for value, need in self._first_uses[op]:
+            made = self.layout.states[value]
+            if value in self._params:
+                made = tuple(s if isinstance(s, Cut) else VARIES for s in made)
+            for a, axis in enumerate(self.axes):
+                if axis.size == 1 or made[a] == need[a]:
+                    continue
+                others = [s for b, s in enumerate(made) if b != a]
+                size = value.bytes().at(samples) / self._parts_without(a, others)
+                there, back = exchanged(made[a], need[a])
+                forward += [Message(axis.name, kind, size) for kind in there]
+                if value in self.graph.needs_grad:
+                    backward += [Message(axis.name, kind, size) for kind in back]
+        for axis, choice in zip(self.axes, self.layout.choices[op], strict=True):
+            if axis.size > 1 and choice.letter is not None and choice.letter.special == "classes":
+                # The largest score of each sample's classes; then their sum, and the score of its label.
+                scores = op.context.inputs[0].value
+                size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
+                forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
+        return tuple(forward), tuple(backward)
+
+    def _parts_without(self, a: int, others: Sequence[State]) -> int:
+        total = 1
+        for axis, state in zip([x for b, x in enumerate(self.axes) if b != a], others, strict=True):
+            if isinstance(state, Cut):
+                total *= axis.size
+        return total
+
+    @cached_property
+    def _first_uses(self) -> Mapping[Op, list[tuple[Value, States]]]:
+        """For each operator the tensors that it is the first to need in a state: an edge is converted once."""
+        seen: set[tuple[Value, States]] = set()
+        found: dict[Op, list[tuple[Value, States]]] = {}
+        for op in self.graph.ops:
+            mine = found.setdefault(op, [])
+            for operand in op.context.inputs:
+                key = (operand.value, self.layout.needs(op, operand.slot))
+                if key not in seen:
+                    seen.add(key)
+                    mine.append(key)
+        return found
+
+    # -- activations -------------------------------------------------------------------------------------------------
+
+    def kept(self, samples: int, *, flash: bool = True) -> list[float]:
+        """For each operator the bytes that it is the first to keep for backward, for one micro-batch on one rank.
+
+        Parameters and the batch itself are not counted, for they are kept anyway.
+        """
+        seen: set[tuple[Value, float]] = set()
+        found = []
+        for op in self.graph.ops:
+            total = 0.0
+            needs = {o.value: self.layout.needs(op, o.slot) for o in op.context.inputs}
+            keeps = self.saved[op]
+            values, others = keeps.values, [float(size.at(samples)) for size in keeps.others]
+            share = self.layout.share(op)
+            if self.kinds[op] == ATTENTION and flash:
+                query = op.context.inputs[0].value
+                values = tuple(dict.fromkeys([*op.inputs[:3], *op.outputs]))
+                others = [query.numel().at(samples) / max(query.sizes[-1].coefficient, 1) * 4]
+            if self.fused != "none" and self.kinds[op] in (MEMORY, NOTHING) and not others:
+                values, others = self._fused_keeps(op, values), []
+            for value in values:
+                root = self._root(value)
+                size = self.local_bytes(root, samples)
+                if value in needs:
+                    # What was gathered for this operator is another tensor than the part it was gathered from.
+                    size = max(size, self.local_bytes(value, samples, needs[value]))
+                if (root, size) in seen or root in self._params or root not in self.graph.learned:
+                    continue
+                seen.add((root, size))
+                total += size
+            found.append(total + sum(others) * share if values or others else total)
+        return found
+
+    def _fused_keeps(self, op: Op, values: tuple[Value, ...]) -> tuple[Value, ...]:
+        """What a fused operator keeps: of what never reaches memory that from which it is computed again."""
+        found: dict[Value, None] = {}
+        todo, done = list(values), set[Value]()
+        while todo:
+            value = todo.pop()
+            producer = self.graph.producer.get(value)
+            if value in done:
+                continue
+            done.add(value)
+            if producer is not None and self._is_inside(value, producer, op):
+                todo += [v for v in producer.inputs if v in self.graph.learned]
+            else:
+                found[value] = None
+        return tuple(found)
+
+    def _is_inside(self, value: Value, producer: Op, op: Op) -> bool:
+        """Whether a tensor that an operator keeps is only there inside of what it is fused to."""
+        if self.kinds[producer] == MEMORY:
+            return not self._reaches_memory(value, producer)
+        return self.kinds[producer] == NOTHING and self._fuses(producer, op)
+
+    def _root(self, value: Value) -> Value:
+        """The tensor that a view is a view of."""
+        while True:
+            producer = self.graph.producer.get(value)
+            if producer is None or self.kinds[producer] != NOTHING or not producer.inputs:
+                return value
+            value = producer.inputs[0]
+
+
+def exchanged(made: State, need: State) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The collectives that turn a tensor from one state into another, and those of its gradient."""
+    if made == need:
+        return (), ()
+    if made == PARTIAL:
+        if isinstance(need, Cut):
+            return ("reduce_scatter",), ("all_gather",)
+        return ("all_reduce",), ("all_reduce",) if need == VARIES else ()
+    if isinstance(made, Cut):
+        if isinstance(need, Cut):
+            return ("all_to_all",), ("all_to_all",)
+        return ("all_gather",), ("reduce_scatter",) if need == VARIES else ()
+    if isinstance(need, Cut):
+        return (), ("all_gather",)
+    return (), ("all_reduce",) if need == VARIES else ()
+
+
+def is_view(op: Op) -> bool:
+    """Whether an operator moves nothing: its output is a view of its input."""
+    schema = getattr(op.node.target, "_schema", None)
+    if schema is not None and schema.returns and all(r.alias_info is not None for r in schema.returns):
+        return True
+    return op.name in _VIEWS
+
+
+_VIEWS = {"aten.reshape", "aten.flatten", "aten.unflatten", "aten.contiguous", "aten.dropout", "aten._unsafe_view"}
+_FREE_BACK = {"aten.add", "aten.sub"}

@@ -1,0 +1,256 @@
+"""Prices: what they are made of is exact where it can be, and moves the right way where it cannot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+
+from shardwise.cost.estimate import Estimate, Pricer
+from shardwise.cost.kernels import Kernels
+from shardwise.cost.profile import PROFILES, profile
+from shardwise.cost.timeline import pipeline_seconds
+from shardwise.cost.work import Product, Work
+from shardwise.engine.engine import parallelize
+from shardwise.engine.launch import joined
+from shardwise.errors import MachineError
+from shardwise.graph.blocks import blocks
+from shardwise.graph.capture import LossModule
+from shardwise.graph.graph import Graph
+from shardwise.graph.saved import saved
+from shardwise.job import Job, batch_tensors
+from shardwise.machine.cluster import Cluster
+from shardwise.machine.device import device
+from shardwise.parallel.layout import SplitAxis
+from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
+from shardwise.search.strategies import Maker
+from tests.pool import Pool
+from tests.zoo import ZOO
+
+H100 = Cluster.load("2x8xh100-sxm")
+
+
+@cache
+def graph_of(name: str) -> Graph:
+    return Graph.of(ZOO[name]())
+
+
+@cache
+def pricer_of(name: str, framework: str = "shardwise") -> Pricer:
+    return Pricer(graph_of(name), profile(framework))
+
+
+@cache
+def tensor_dims(name: str, ranks: int) -> tuple[str, ...]:
+    plan = Maker(ZOO[name](), graph_of(name)).candidate("tensor", ranks).plan
+    assert plan is not None
+    return plan.axes[0].dims
+
+
+def stages(name: str, count: int) -> tuple[str, ...]:
+    block = max(blocks(graph_of(name)), key=lambda b: b.count)
+    return tuple(graph_of(name).ops[block.start + k * block.length].id for k in range(1, count))
+
+
+def price(name: str, plan: Plan, batch: int = 8, framework: str = "shardwise", cluster: Cluster = H100) -> Estimate:
+    return pricer_of(name, framework).price(plan, cluster, batch)
+
+
+def data(size: int, zero: int = 0) -> Plan:
+    return Plan((PlanAxis("data", size, ("batch",)),), zero=zero)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_gradients_and_state_are_counted_whole() -> None:
+    count = sum(p.numel() for p in ZOO["gpt2_dropout"]().build("meta").parameters())
+    memory = price("gpt2_dropout", Plan()).memory
+    assert memory["parameters"] == memory["gradients"] == 4 * count
+    assert memory["optimizer"] == 8 * count
+
+
+@pytest.mark.parametrize(("zero", "shared"), [(0, ()), (1, ("optimizer",)), (2, ("optimizer", "gradients")),
+                                              (3, ("optimizer", "gradients", "parameters"))])  # fmt: skip
+def test_zero_shares_what_its_stage_says(zero: int, shared: tuple[str, ...]) -> None:
+    whole, found = price("gpt2_dropout", data(4)).memory, price("gpt2_dropout", data(4, zero)).memory
+    for item in ("parameters", "gradients", "optimizer"):
+        assert found[item] == whole[item] / (4 if item in shared else 1)
+
+
+def test_ranks_that_share_the_batch_share_its_activations() -> None:
+    one, four = price("gpt2_dropout", Plan()), price("gpt2_dropout", data(4))
+    assert four.memory["activations"] == pytest.approx(one.memory["activations"] / 4, rel=0.01)
+
+
+def test_stages_have_each_weight_once() -> None:
+    graph = graph_of("llama")
+    cuts = stages("llama", 2)
+    plan = Plan((PlanAxis(PIPELINE, 2),), cuts, micro_batches=4)
+    whole = sum(pricer_of("llama").work(()).weights.values()) * 4
+    tied = graph.params["model.embed_tokens.weight"].numel().at(1) * 4 if "lm_head.weight" not in graph.params else 0
+    price_of = [sum(m.values()) for m in _memory_of_ranks("llama", plan, "parameters")]
+    assert sum(price_of) == whole + tied
+
+
+def _memory_of_ranks(name: str, plan: Plan, item: str) -> list[dict[str, float]]:
+    from shardwise.cost.estimate import _Price
+
+    found = _Price(pricer_of(name), plan, H100, 8, selective=False)
+    return [{item: found._rank_memory(rank)[item]} for rank in range(plan.pipeline)]
+
+
+# A trace of some models has masks that they leave out when they are run; of these it has none.
+@pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "unet", "convnet_bn", "resnet", "qkv_attention"])
+def test_activations_are_what_autograd_keeps(name: str) -> None:
+    whole = ZOO[name]()
+    module, batch = whole.build(), whole.batch(range(whole.global_batch))
+    given_ = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in given_:
+            kept[pointer] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    alive: list[Any] = []
+    tensors = batch_tensors(batch)
+    given_ |= {t.untyped_storage().data_ptr() for t in tensors}
+    with saved_tensors_hooks(lambda t: (alive.append(t), pack(t))[1], lambda t: t):
+        LossModule(module, whole, batch).train()(*tensors)
+    counted = sum(pricer_of(name).work(()).kept(whole.global_batch, flash=False))
+    assert counted == pytest.approx(sum(kept.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_what_is_fused_keeps_less(name: str) -> None:
+    graph = graph_of(name)
+    kept = [sum(Work(graph, (), saved(graph), fused=fused).kept(8)) for fused in ("none", "modules", "all")]
+    assert kept[0] >= kept[1] >= kept[2] > 0
+
+
+def test_recompute_keeps_less_and_takes_longer() -> None:
+    plain, again = price("llama", Plan()), price("llama", Plan(recompute=("model.layers.*",)))
+    assert again.memory["activations"] < 0.7 * plain.memory["activations"]
+    width = graph_of("llama").params["model.norm.weight"].numel().at(1)
+    inputs = 8 * 16 * width * 4 * pricer_of("llama").copies
+    assert again.memory["activations"] > inputs, "each layer keeps what it is given"
+    assert 1.1 < again.seconds["compute"] / plain.seconds["compute"] < 1.5
+
+
+def test_whether_it_fits() -> None:
+    small = Cluster.load("1xt4")
+    assert price("gpt2", Plan(), cluster=small).fits
+    assert not price("gpt2", Plan(), batch=10**7, cluster=small).fits
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def edges(whole: Job, plan: Plan) -> Counter[tuple[str, int]]:
+    """The collectives of the edges of a rank's program: kind and bytes of the whole tensor. Runs on each rank."""
+    found: Counter[tuple[str, int]] = Counter()
+    with joined():
+        engine = parallelize(whole, plan)
+        model, samples = engine.model, whole.global_batch
+        for program in model.programs.values():
+            for node in program.module.graph.nodes:
+                for kind, axis, value, _, *more in [*node.meta.get("sends", []), *node.meta.get("answers", [])]:
+                    if axis.size > 1:
+                        dtype, times = more or (value.dtype, 1)
+                        found[kind, value.numel().at(samples) * dtype.itemsize * times] += 1
+    return found
+
+
+@pytest.mark.parametrize(("name", "sequence"), [("llama", False), ("llama", True), ("gpt2", False), ("vit", False)])
+def test_messages_of_a_tensor_axis_are_those_of_the_program(pool: Pool, name: str, sequence: bool) -> None:
+    dims = (*tensor_dims(name, 2), "sequence") if sequence else tensor_dims(name, 2)
+    plan = Plan((PlanAxis("tensor", 2, dims),))
+    counted: Counter[tuple[str, int]] = Counter()
+    whole = ZOO[name]()
+    for task in pricer_of(name).work((SplitAxis("tensor", 2, dims),)).tasks(whole.global_batch):
+        counted.update((m.kind, int(m.size)) for m in (*task.forward, *task.backward))
+    assert counted == pool(2).run(edges, whole, plan, timeout=60)[0]
+
+
+# --- seconds ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_large_product_reaches_what_the_device_reaches() -> None:
+    h100 = device("h100-sxm")
+    seconds = Kernels(h100).product(Product(1, 16384, 16384, 16384), torch.bfloat16)
+    rate = 2 * 16384**3 / seconds
+    assert rate == pytest.approx(h100.peak("bf16") * h100.matmul.value, rel=0.05)
+
+
+def test_a_thin_product_is_bound_by_memory() -> None:
+    h100 = device("h100-sxm")
+    seconds = Kernels(h100).product(Product(1, 1, 16384, 16384), torch.bfloat16)
+    assert seconds == pytest.approx(2 * 16384**2 / (h100.bandwidth.value * h100.reached.value), rel=0.01)
+
+
+@given(st.integers(0, 14), st.integers(0, 14), st.integers(0, 14), st.integers(1, 3))
+def test_a_larger_product_never_takes_less(rows: int, columns: int, depth: int, more: int) -> None:
+    kernels = Kernels(device("a100-80gb"))
+    small = kernels.product(Product(1, 2**rows, 2**columns, 2**depth), torch.bfloat16)
+    large = kernels.product(Product(1, 2 ** (rows + more), 2**columns, 2**depth), torch.bfloat16)
+    assert small <= large * 1.0001
+
+
+@settings(max_examples=40)
+@given(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 12), st.floats(0.1, 2), st.floats(0.1, 4))
+def test_equal_stages_take_what_the_formula_says(ranks: int, times: int, forward: float, backward: float) -> None:
+    micros = ranks * times
+    found = pipeline_seconds("1f1b", ranks, micros, [forward] * ranks, [backward] * ranks, 0.0)
+    assert found == pytest.approx((micros + ranks - 1) * (forward + backward))
+
+
+def test_interleaved_stages_wait_less() -> None:
+    whole = pipeline_seconds("1f1b", 4, 8, [2.0] * 4, [4.0] * 4, 0.0)
+    parts = pipeline_seconds("interleaved", 4, 8, [1.0] * 8, [2.0] * 8, 0.0)
+    halves = pipeline_seconds("zero-bubble", 4, 8, [1.0] * 8, [2.0] * 8, 0.0)
+    work = 8 * 6.0
+    # Narayanan et al. (2021): as many times less idle as there are stages on a rank.
+    assert parts - work == pytest.approx((whole - work) / 2)
+    assert halves <= parts
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    found = pipeline_seconds("1f1b", 2, 100, [1.0, 3.0], [1.0, 3.0], 0.0)
+    assert found == pytest.approx(100 * 6 + 2, rel=0.01)
+
+
+def test_a_faster_network_is_never_slower() -> None:
+    slow, fast = Cluster.load("2x8xh100-sxm+ethernet-1"), Cluster.load("2x8xh100-sxm")
+    for plan in (data(16), data(16, 3), Plan((PlanAxis("tensor", 2, tensor_dims("llama", 2)),))):
+        assert price("llama", plan, 16, cluster=fast).step <= price("llama", plan, 16, cluster=slow).step
+
+
+def test_items_add_up() -> None:
+    axes = (PlanAxis(PIPELINE, 2), PlanAxis("data", 2, ("batch",)), PlanAxis("tensor", 2, tensor_dims("llama", 2)))
+    plan = Plan(axes, stages("llama", 2), micro_batches=4)
+    found = price("llama", plan, 16, "nanotron")
+    assert {"compute", "communication data", "communication tensor", "bubble", "update"} <= set(found.seconds)
+    assert all(seconds >= 0 for seconds in found.seconds.values())
+    assert found.step == pytest.approx(sum(found.seconds.values()))
+    assert found.peak == pytest.approx(max(found.stages))
+
+
+def test_a_host_that_starts_operators_slowly_shows() -> None:
+    slow = replace(PROFILES["shardwise"], call=1e-3)
+    found = Pricer(graph_of("llama"), slow).price(Plan(), H100, 8)
+    assert found.seconds["overhead"] > 10 * found.seconds["compute"]
+    assert price("llama", Plan()).seconds["overhead"] == 0
+
+
+def test_an_unknown_profile_is_one_clear_message() -> None:
+    with pytest.raises(MachineError, match="no profile is called 'jax'; there are shardwise"):
+        profile("jax")

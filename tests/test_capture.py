@@ -16,7 +16,10 @@ from shardwise.graph.graph import Graph
 from shardwise.graph.random import dropout_at, normal_at, positions, stream, uniform_at
 from shardwise.job import Job, map_batch
 from shardwise.measure.reference import run_reference
+from shardwise.plan.plan import Plan, PlanAxis
 from tests import algebra
+from tests.conftest import Errors, outcome
+from tests.pool import Pool
 from tests.test_rules import job
 from tests.zoo import ZOO, hf, plain
 from tests.zoo.data import CausalTokens, Vectors
@@ -264,3 +267,21 @@ def test_a_recurrent_layer_with_dropout_inside_is_refused() -> None:
 
     with pytest.raises(CaptureError, match=r"aten.lstm in recurrent draws random numbers inside"):
         Graph.of(whole.with_(model=dropped))
+
+
+class Squeezed(nn.Module):
+    """Drops dims of one without saying which, as models with one score for each sample do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.head = nn.Linear(16, 1), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = self.score(x)
+        return self.head(score.squeeze().unsqueeze(1) + score.squeeze(0))  # type: ignore[no-any-return]
+
+
+def test_a_rank_with_one_sample_still_has_a_dim_of_samples(pool: Pool) -> None:
+    whole = Job(model=Squeezed, data=Vectors(classes=8), loss=class_loss, optimizer=sgd, global_batch=4)
+    found = pool(4).run(outcome, whole, Plan((PlanAxis("data", 4, ("batch",)),)), 2, timeout=60)
+    assert all(isinstance(errors, Errors) and errors.worst < 1e-9 for errors in found), found

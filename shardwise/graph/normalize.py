@@ -117,6 +117,16 @@ def _repeat_interleave(r: Rewriter, node: fx.Node) -> None:
         r.replace(r.again(node, output_size=None))
 
 
+def _squeeze(r: Rewriter, node: fx.Node) -> None:
+    # Named are the dims that go: a rank that has one sample still has a dim of samples.
+    a = arguments(node)
+    sizes = shape(a["self"])
+    given = a.get("dim", range(len(sizes)))
+    places = [given] if isinstance(given, int) else list(given)
+    gone = [p % len(sizes) for p in places if isinstance(sizes[p], int) and sizes[p] == 1] if sizes else []
+    r.replace(r.call(aten.squeeze.dims, a["self"], gone) if gone else a["self"])
+
+
 def _cat(r: Rewriter, node: fx.Node) -> None:
     # torch lets an empty vector be joined to anything; caches of keys and values begin as one.
     parts = arguments(node)["tensors"]
@@ -198,6 +208,7 @@ _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.convolution": _bias_after,
     "aten.type_as": _type_as,
     "aten.cat": _cat,
+    "aten.squeeze": _squeeze,
     "aten.copy": _copy,
     "aten.repeat_interleave": _repeat_interleave,
     "aten.addmm": _addmm,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardwise.parallel.schedule import Action, orders, stage_rank
+from shardwise.parallel.schedule import Action, orders
 
 
 def pipeline_seconds(
@@ -70,6 +70,3 @@ def _closed(micros: int, forward: Sequence[float], backward: Sequence[float], se
     """The same for many micro-batches: each stage once, and the slowest for all others."""
     both = [f + b for f, b in zip(forward, backward, strict=True)]
     return sum(both) + 2 * send * (len(forward) - 1) + (micros - 1) * max(both)
-
-
-__all__ = ["pipeline_seconds", "stage_rank"]

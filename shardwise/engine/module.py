@@ -20,7 +20,7 @@ from shardwise.engine.optimize import build_optimizer, check_elementwise
 from shardwise.errors import JobError, PlanError, RunError
 from shardwise.graph import random
 from shardwise.graph.capture import caller, mean_loss
-from shardwise.graph.eager import Lifted, Numbers, PlacedDraws, PlacedDropout, Rows
+from shardwise.graph.eager import CountedMean, Lifted, Numbers, PlacedDraws, PlacedDropout, Rows
 from shardwise.job import Batch, Job, batch_size, map_batch, slice_batch
 from shardwise.machine.backend import Backend
 from shardwise.parallel import lower
@@ -39,10 +39,11 @@ _RESULTS = ("loss", "count")
 class ModuleEngine(Engine):
     """A job under a plan that splits nothing but the batch, or the layers of a Sequential; the module runs as it is.
 
-    The loss is that of the global batch where the job's loss returns `(sum, count)`, and where it returns a mean over
-    samples: each rank's counts by its samples. What one device computes and this cannot know is not the same:
+    The loss is that of the global batch where the job's loss returns `(sum, count)`, where it is one cross-entropy, and
+    where it returns a mean over samples: each rank's counts by its samples. What one device computes and this cannot
+    know is not the same:
 
-    - a mean over something whose number differs between samples (tokens that are not ignored): return `(sum, count)`;
+    - another mean over something whose number differs between samples: return `(sum, count)`;
     - what couples the samples of a batch, among it a branch that depends on the whole batch, and batch norm, whose
       statistics are of each rank's micro-batch (the plan has to say so: batch-norm per-micro-batch);
     - dropout masks, where a tensor's samples cannot be told from its shape. All ranks draw independently in any case.
@@ -191,11 +192,12 @@ class ModuleEngine(Engine):
         start = sum(r.count for r in self._rows[:m])
         batch = slice_batch(self._batch, start, start + rows.count)
         self._draw(m)
-        with self._reduction.forward(), self._precision():
+        with self._reduction.forward(), self._precision(), CountedMean() as counted:
             output = stage(received["value"]) if s else caller(stage)(batch)
             if s < self.plan.stages - 1:
                 return {"value": self._checked(s, output, rows.count)}
             mean, number = mean_loss(self.job.loss, output, batch)
+            number = counted.count_of(mean) if number is None else number
             count = torch.tensor(rows.count) if number is None else number.detach()
             return {"loss": self._reduction.anchored(mean * count.to(mean.device)), "count": count.to(self.device)}
 

@@ -1,4 +1,4 @@
-"""A module run as it is by the rules of its captured graph: placed random numbers, and one floating-point dtype."""
+"""A module run as it is by the rules of its captured graph: placed random numbers, counted means, one dtype."""
 
 from __future__ import annotations
 
@@ -166,6 +166,45 @@ class PlacedDropout(TorchFunctionMode):
             masked = attn_mask.dtype is torch.bool
             scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
         return self._drop(scores.softmax(-1), dropout_p) @ value
+
+
+class CountedMean(TorchFunctionMode):
+    """Notes over how many targets a cross-entropy is a mean, of which some may be ignored.
+
+    Where none is left the mean is zero, so that it adds nothing to a sum over ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def count_of(self, loss: Tensor) -> Tensor | None:
+        """The number of items, where the loss is one such mean and nothing else; a sum of weights where it has them."""
+        if len(self._seen) != 1:
+            return None
+        mean, count = self._seen[0]
+        return count if loss.shape == mean.shape and torch.equal(loss.detach(), mean.detach()) else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.cross_entropy and func is not F.nll_loss:
+            return func(*args, **kwargs)
+        given = dict(zip(_CROSS_ENTROPY, args, strict=False)) | kwargs
+        target, weight = given["target"], given.get("weight")
+        plain = given.get("size_average") is None and given.get("reduce") is None
+        if given.get("reduction", "mean") != "mean" or not plain or target.is_floating_point():
+            return func(**given)
+        valid = target != given.get("ignore_index", -100)
+        count = valid.sum() if weight is None else weight[target[valid]].sum()
+        # A mean of none would be NaN.
+        mean = func(**given) if bool(valid.any()) else func(**{**given, "reduction": "sum"})
+        self._seen.append((mean, count))
+        return mean
+
+
+_CROSS_ENTROPY = (
+    "input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing",
+)  # fmt: skip
 
 
 def _dropout_arguments(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

@@ -37,6 +37,12 @@ from tests.zoo import ZOO
 H100 = Cluster.load("2x8xh100-sxm")
 
 
+def long(*values: Any) -> list[Any]:
+    """Values of a test that `make prove` alone runs."""
+    cases = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*case, marks=pytest.mark.prove) for case in cases]
+
+
 @cache
 def graph_of(name: str) -> Graph:
     return Graph.of(ZOO[name]())
@@ -108,7 +114,7 @@ def _memory_of_ranks(name: str, plan: Plan, item: str) -> list[dict[str, float]]
 
 
 # A trace of some models has masks that they leave out when they are run; of these it has none.
-@pytest.mark.parametrize("name", ["gpt2", "bert", "vit", "unet", "convnet_bn", "resnet", "qkv_attention"])
+@pytest.mark.parametrize("name", ["gpt2", "unet", "convnet_bn", *long("bert", "vit", "resnet", "qkv_attention")])
 def test_activations_are_what_autograd_keeps(name: str) -> None:
     whole = ZOO[name]()
     module, batch = whole.build(), whole.batch(range(whole.global_batch))
@@ -130,7 +136,7 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
     assert counted == pytest.approx(sum(kept.values()), rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", *long("gpt2", "bert")])
 def test_what_is_fused_keeps_less(name: str) -> None:
     graph = graph_of(name)
     kept = [sum(Work(graph, (), saved(graph), fused=fused).kept(8)) for fused in ("none", "modules", "all")]
@@ -170,7 +176,10 @@ def edges(whole: Job, plan: Plan) -> Counter[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "sequence"), [("llama", False), ("llama", True), ("gpt2", False), ("vit", False)])
+@pytest.mark.parametrize(
+    ("name", "sequence"),
+    [("llama", True), *long(("llama", False), ("gpt2", True), ("gpt2", False), ("vit", False))],
+)
 def test_messages_of_a_tensor_axis_are_those_of_the_program(pool: Pool, name: str, sequence: bool) -> None:
     dims = (*tensor_dims(name, 2), "sequence") if sequence else tensor_dims(name, 2)
     plan = Plan((PlanAxis("tensor", 2, dims),))

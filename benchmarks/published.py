@@ -114,7 +114,7 @@ def graph_of(shape: Shape) -> Graph:
 def tensor_dims(shape: Shape, ways: int) -> tuple[str, ...]:
     """The dims that the planner splits over so many ranks, found on a few layers."""
     few = replace(shape, layers=min(shape.layers, 4))
-    return Maker(job(few), graph_of(few))._tensor_dims(ways)
+    return Maker(job(few), graph_of(few)).tensor_dims(ways)
 
 
 @cache

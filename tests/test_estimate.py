@@ -20,7 +20,7 @@ from shardwise.cost.timeline import pipeline_seconds
 from shardwise.cost.work import Product, Work
 from shardwise.engine.engine import parallelize
 from shardwise.engine.launch import joined
-from shardwise.errors import MachineError
+from shardwise.errors import MachineError, PlanError
 from shardwise.graph.blocks import blocks
 from shardwise.graph.capture import LossModule
 from shardwise.graph.graph import Graph
@@ -102,15 +102,12 @@ def test_stages_have_each_weight_once() -> None:
     plan = Plan((PlanAxis(PIPELINE, 2),), cuts, micro_batches=4)
     whole = sum(pricer_of("llama").work(()).weights.values()) * 4
     tied = graph.params["model.embed_tokens.weight"].numel().at(1) * 4 if "lm_head.weight" not in graph.params else 0
-    price_of = [sum(m.values()) for m in _memory_of_ranks("llama", plan, "parameters")]
-    assert sum(price_of) == whole + tied
+    assert sum(rank["parameters"] for rank in price("llama", plan).ranks) == whole + tied
 
 
-def _memory_of_ranks(name: str, plan: Plan, item: str) -> list[dict[str, float]]:
-    from shardwise.cost.estimate import _Price
-
-    found = _Price(pricer_of(name), plan, H100, 8, selective=False)
-    return [{item: found._rank_memory(rank)[item]} for rank in range(plan.pipeline)]
+def test_a_plan_for_more_ranks_than_there_are_is_refused() -> None:
+    with pytest.raises(PlanError, match="needs 32 ranks, but cluster 2x8xh100-sxm has 16"):
+        price("llama", data(32), 32)
 
 
 # A trace of some models has masks that they leave out when they are run; of these it has none.
@@ -250,7 +247,7 @@ def test_items_add_up() -> None:
     assert {"compute", "communication data", "communication tensor", "bubble", "update"} <= set(found.seconds)
     assert all(seconds >= 0 for seconds in found.seconds.values())
     assert found.step == pytest.approx(sum(found.seconds.values()))
-    assert found.peak == pytest.approx(max(found.stages))
+    assert found.peak == pytest.approx(max(sum(rank.values()) for rank in found.ranks))
 
 
 def test_a_host_that_starts_operators_slowly_shows() -> None:

@@ -14,6 +14,7 @@ from shardwise.cost.kernels import Kernels
 from shardwise.cost.profile import PROFILES, Profile
 from shardwise.cost.timeline import pipeline_seconds
 from shardwise.cost.work import ATTENTION, Message, Task, Work
+from shardwise.errors import PlanError
 from shardwise.graph.blocks import blocks
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
@@ -35,22 +36,25 @@ class Estimate:
         seconds: of a step, by item: "compute", "overhead" (the host keeps the device waiting), "communication AXIS" of
             each axis (what nothing hides), "bubble", "update".
         hidden: seconds of communication behind computing, by axis.
-        memory: bytes of the fullest rank, by item: "parameters", "gradients", "optimizer", "activations", "buffers",
+        ranks: bytes of each pipeline rank, by item: "parameters", "gradients", "optimizer", "activations", "buffers",
             "reserve".
-        stages: bytes of each pipeline rank.
         limit: bytes that the smallest device of the cluster has.
     """
 
     seconds: Mapping[str, float]
     hidden: Mapping[str, float]
-    memory: Mapping[str, float]
-    stages: tuple[float, ...]
+    ranks: tuple[Mapping[str, float], ...]
     limit: float
 
     @property
     def step(self) -> float:
         """Seconds of a step."""
         return sum(self.seconds.values())
+
+    @property
+    def memory(self) -> Mapping[str, float]:
+        """Bytes of the fullest rank, by item."""
+        return max(self.ranks, key=lambda items: sum(items.values()))
 
     @property
     def peak(self) -> float:
@@ -109,8 +113,13 @@ class Pricer:
             selective: whether attention is computed again in backward.
 
         Raises:
-            PlanError: the plan is for another graph.
+            PlanError: the plan is for another graph, or needs more ranks than the cluster has.
         """
+        if plan.ranks > cluster.ranks:
+            raise PlanError(
+                f"the plan needs {plan.ranks} ranks, but cluster {cluster.name} has {cluster.ranks}; "
+                "give a larger cluster, or a plan for fewer ranks"
+            )
         return _Price(self, plan, cluster, batch, selective).estimate()
 
     @cached_property
@@ -174,16 +183,13 @@ class _Price:
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
         found = {}
         for axis, stride in zip(self.plan.axes, strides, strict=True):
-            found[axis.name] = self._route([stride * i for i in range(axis.size)])
+            found[axis.name] = self.cluster.path([stride * i for i in range(axis.size)])
         batch = [(a.size, s) for a, s in zip(self.plan.axes, strides, strict=True) if a.dims == ("batch",)]
         members = [0]
         for size, stride in batch:
             members = [m + stride * i for m in members for i in range(size)]
-        found["data"] = self._route(members)
+        found["data"] = self.cluster.path(members)
         return found
-
-    def _route(self, ranks: Sequence[int]) -> Route:
-        return self.cluster.path([r for r in ranks if r < self.cluster.ranks])
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -260,7 +266,7 @@ class _Price:
 
     def estimate(self) -> Estimate:
         p, plan = self.profile, self.plan
-        micros, ranks = plan.micro_batches, plan.pipeline
+        micros, size = plan.micro_batches, plan.pipeline
         shown = 1.0 - p.overlap_tensor
         forward, backward, pure = [], [], []
         sent: dict[str, float] = {}
@@ -277,25 +283,25 @@ class _Price:
             forward.append(f + tf + host_f + gf)
             backward.append(b + tb + host_b + gb)
             pure.append(f + b)
-            waits += (host_f + host_b) * micros / ranks
+            waits += (host_f + host_b) * micros / size
             for axis in stage.sent_forward.keys() | stage.sent_backward.keys():
                 both = stage.sent_forward.get(axis, 0.0) + stage.sent_backward.get(axis, 0.0)
-                sent[axis] = sent.get(axis, 0.0) + both * shown * micros / ranks
-                hidden[axis] = hidden.get(axis, 0.0) + both * (1 - shown) * micros / ranks
+                sent[axis] = sent.get(axis, 0.0) + both * shown * micros / size
+                hidden[axis] = hidden.get(axis, 0.0) + both * (1 - shown) * micros / size
             if gather:
-                sent["data"] = sent.get("data", 0.0) + (gf + gb) * micros / ranks
-        total = pipeline_seconds(plan.schedule, ranks, micros, forward, backward, self._send())
-        compute = sum(pure) * micros / ranks
+                sent["data"] = sent.get("data", 0.0) + (gf + gb) * micros / size
+        total = pipeline_seconds(plan.schedule, size, micros, forward, backward, self._send())
+        compute = sum(pure) * micros / size
         reduction, behind = self._reduction(backward)
         sent["data"] = sent.get("data", 0.0) + reduction
         hidden["data"] = hidden.get("data", 0.0) + behind
         bubble = total - compute - waits - sum(v for k, v in sent.items()) + reduction
         seconds = {"compute": compute, "overhead": waits}
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
-        seconds |= {"bubble": max(bubble, 0.0) if ranks > 1 else 0.0, "update": self._update()}
-        memory, each = self._memory()
+        seconds |= {"bubble": max(bubble, 0.0) if size > 1 else 0.0, "update": self._update()}
+        ranks = tuple(self._rank_memory(rank) for rank in range(plan.pipeline))
         limit = min(node.device.memory.value for node in self.cluster.nodes)
-        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, memory, each, limit)
+        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, ranks, limit)
 
     def _send(self) -> float:
         """Seconds to carry one micro-batch over a cut between neighbours."""
@@ -304,7 +310,7 @@ class _Price:
         sizes = [a.size for a in self.plan.axes]
         at = next(i for i, a in enumerate(self.plan.axes) if a.name == PIPELINE)
         stride = math.prod(sizes[at + 1 :])
-        route = self.cluster.path([0, stride] if stride < self.cluster.ranks else [0])
+        route = self.cluster.path([0, stride])
         return max((route.seconds("send", size) for size in self._crossing), default=0.0)
 
     @cached_property
@@ -327,7 +333,7 @@ class _Price:
         """Seconds to gather each stage's weights once, where they are sharded."""
         if self.plan.zero < 3 or self.data == 1:
             return [0.0] * len(self.stages)
-        each = [s.weights * min(self.profile.send_gradient, 4) for s in self.stages]
+        each = [s.weights * self.profile.send_gradient for s in self.stages]  # they travel in the dtype of gradients
         return [self.routes["data"].seconds("all_gather", size) for size in each]
 
     def _reduction(self, backward: Sequence[float]) -> tuple[float, float]:
@@ -358,14 +364,9 @@ class _Price:
         weights = max(sum(s.weights for s in self._rank_stages(r)) for r in range(self.plan.pipeline))
         p = self.profile
         moved = weights / self._shards(1) * (2 * p.state + p.gradient + 4)
-        return moved * p.update / 3 / (self.device.bandwidth.value * self.device.reached.value)
+        return moved / self._memory_rate
 
     # -- memory ------------------------------------------------------------------------------------------------------
-
-    def _memory(self) -> tuple[dict[str, float], tuple[float, ...]]:
-        every = [self._rank_memory(rank) for rank in range(self.plan.pipeline)]
-        totals = tuple(sum(m.values()) for m in every)
-        return every[max(range(len(totals)), key=lambda r: totals[r])], totals
 
     def _rank_memory(self, rank: int) -> dict[str, float]:
         p, plan = self.profile, self.plan

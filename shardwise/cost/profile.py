@@ -24,7 +24,6 @@ class Profile:
         accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
         send_gradient: bytes of a gradient as it is sent.
         state: bytes of optimizer state for each weight, a master copy of it included.
-        update: seconds for each byte of state that an update reads and writes, as a multiple of the device's bandwidth.
         overlap_data: share of backward behind which the reduction of gradients is hidden.
         overlap_gather: share of computing behind which the gathering of sharded weights is hidden.
         overlap_tensor: share of a tensor axis's collectives that is hidden.
@@ -43,7 +42,6 @@ class Profile:
     accumulate: int = 12
     send_gradient: int = 4
     state: int = 8
-    update: float = 3.0
     overlap_data: float = 0.0
     overlap_gather: float = 0.0
     overlap_tensor: float = 0.0

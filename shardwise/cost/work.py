@@ -12,7 +12,7 @@ import torch
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 from shardwise.graph.saved import Saved
-from shardwise.parallel.layout import PARTIAL, VARIES, Cut, Layout, SplitAxis, State, States
+from shardwise.parallel.layout import PARTIAL, VARIES, WHOLE, Cut, Layout, SplitAxis, State, States
 
 PRODUCT, ATTENTION, MEMORY, NOTHING = "product", "attention", "memory", "nothing"
 _ATTENTION = {"aten.scaled_dot_product_attention"}
@@ -47,8 +47,9 @@ class Task:
         flops: forward operations.
         product: its matrix product, for a PRODUCT.
         gradients: how many of its tensor inputs get a gradient.
-        read, written: bytes forward; tensors that never reach memory because operators are fused are left out.
-        read_back: bytes that backward reads and writes.
+        moved: bytes that forward reads and writes; tensors that never reach memory, because operators are fused, are
+            left out.
+        moved_back: the same of backward.
         calls: 1 where it is an operator of its own, 0 where it is a part of another or a view.
         forward, backward: collectives of its edges.
     """
@@ -140,11 +141,9 @@ class Work:
         calls = int(kind != NOTHING and (kind != MEMORY or self.fused == "none" or out > 0))
         learned = any(v in graph.learned for v in op.outputs)
         if kind == NOTHING or (self.prepared and not learned):
-            moved = grads = out = flops = 0.0
+            moved = grads = flops = 0.0
             calls = 0
-        back = moved + grads if gradients else 0.0
-        if op.name in _FREE_BACK:
-            back = 0.0
+        back = moved + grads if gradients and op.name not in _FREE_BACK else 0.0
         forward, backward = self._messages(op, samples)
         dtype = next((v.dtype for v in op.outputs if v.dtype.is_floating_point), torch.float32)
         product = self._product(op, samples, flops) if kind == PRODUCT else None
@@ -226,8 +225,7 @@ class Work:
             for a, axis in enumerate(self.axes):
                 if axis.size == 1 or made[a] == need[a]:
                     continue
-                others = [s for b, s in enumerate(made) if b != a]
-                size = value.bytes().at(samples) / self._parts_without(a, others)
+                size = self.local_bytes(value, samples, (*made[:a], WHOLE, *made[a + 1 :]))
                 there, back = exchanged(made[a], need[a])
                 forward += [Message(axis.name, kind, size) for kind in there]
                 if value in self.graph.needs_grad:
@@ -239,13 +237,6 @@ class Work:
                 size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
                 forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
         return tuple(forward), tuple(backward)
-
-    def _parts_without(self, a: int, others: Sequence[State]) -> int:
-        total = 1
-        for axis, state in zip([x for b, x in enumerate(self.axes) if b != a], others, strict=True):
-            if isinstance(state, Cut):
-                total *= axis.size
-        return total
 
     @cached_property
     def _first_uses(self) -> Mapping[Op, list[tuple[Value, States]]]:

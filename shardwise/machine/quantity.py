@@ -62,10 +62,3 @@ class Quantity:
         if not isinstance(source, str) or not source.strip():
             raise MachineError(f"{where} must name its source, such as a datasheet or a measurement")
         return cls(float(value) * units[unit], source)
-
-    def entry(self, unit: str, measure: str) -> dict[str, Any]:
-        """The same as `read` takes it."""
-        found: dict[str, Any] = {"value": float(f"{self.value / _UNITS[measure][unit]:.6g}")}
-        if unit:
-            found["unit"] = unit
-        return {**found, "source": self.source}

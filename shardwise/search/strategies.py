@@ -90,7 +90,7 @@ class Maker:
             self._check_batch(data)
             axes.append(PlanAxis("data", data, ("batch",)))
         if "tensor" in sizes:
-            axes.append(PlanAxis("tensor", sizes["tensor"], self._tensor_dims(sizes["tensor"])))
+            axes.append(PlanAxis("tensor", sizes["tensor"], self.tensor_dims(sizes["tensor"])))
         stage = zero if zero is not None else 3 if "sharded" in sizes else 0
         plan = Plan(tuple(a for a in axes if a.name != PIPELINE), zero=stage, precision=self.job.precision)
         if "pipeline" in sizes:
@@ -124,7 +124,12 @@ class Maker:
             raise NotApplicable("no input of the model has a dim of samples")
         check_divides(total, ranks)
 
-    def _tensor_dims(self, ranks: int) -> tuple[str, ...]:
+    def tensor_dims(self, ranks: int) -> tuple[str, ...]:
+        """The dims that a tensor axis of so many ranks splits.
+
+        Raises:
+            NotApplicable: there are none that would pay.
+        """
         if ranks in self._dims:
             return self._dims[ranks]
         found = groups(self.graph, ranks)

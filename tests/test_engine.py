@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwise.engine.engine import parallelize
+from shardwise.engine.launch import joined
 from shardwise.job import Job
 from shardwise.plan.plan import Plan, PlanAxis
 from tests.conftest import Pool, compare, cuts, data, pipeline, tensor
@@ -382,3 +384,47 @@ class Spectrum(nn.Module):
 @pytest.mark.parametrize("plan", [DATA, Plan((tensor("width*"),))], ids=Plan.title)
 def test_gradients_flow_through_complex_numbers_and_what_is_written_over(pool: Pool, plan: Plan) -> None:
     check(pool, Job(model=Spectrum, data=Vectors(classes=8), loss=class_loss, global_batch=8), plan)
+
+
+def threads_of_plans(job: Job, plans: list[Plan]) -> list[int]:
+    """Threads of this rank after a step under each plan."""
+    found = []
+    with joined():
+        for plan in plans:
+            parallelize(job, plan).step(job.batch(range(job.global_batch)))
+            found.append(len(os.listdir("/proc/self/task")))
+    return found
+
+
+def test_plans_one_after_another_leave_no_threads(pool: Pool) -> None:
+    job = language(CausalLM)
+    plans = [DATA, HEADS, staged(job)]
+    for found in pool(2).run(threads_of_plans, job, plans * 4):
+        assert found[-3:] == found[3:6], "each plan has its own, and the next ones theirs again"
+
+
+def fails_then_runs(job: Job, plan: Plan) -> tuple[str, list[float]]:
+    """A step that fails at its first backward, with receives posted and sends under way; then losses of a new engine."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no backward")
+
+    with joined():
+        broken = parallelize(job, plan)
+        broken._pipeline._backward = fails  # type: ignore[method-assign]
+        try:
+            broken.step(job.batch(range(job.global_batch)))
+            told = ""
+        except RuntimeError as error:
+            told = str(error)
+        engine = parallelize(job, plan)
+        return told, [engine.step(job.batch(range(k, k + job.global_batch))) for k in (8, 16)]
+
+
+def test_a_step_that_failed_leaves_nothing_to_the_next_engine(pool: Pool) -> None:
+    job = language(CausalLM)
+    plan = staged(job)
+    _, one = pool(1).run(fails_then_runs, job, Plan())[0]
+    for told, losses in pool(2).run(fails_then_runs, job, plan):
+        assert told == "no backward"
+        assert losses == pytest.approx(one, rel=1e-5)

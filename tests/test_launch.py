@@ -355,9 +355,12 @@ def test_an_idle_rank_that_died_is_noticed(pair: Ranks) -> None:
 # --- the parent -------------------------------------------------------------------------------------------------------
 
 PARENT = """
+import signal
 import time
 from shardwise.engine.launch import Ranks
 
+# A shell that starts this in the background would have it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with Ranks(2) as ranks:
     def work():
         open(READY + str(time.time_ns()), "w").close()

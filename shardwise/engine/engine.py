@@ -121,7 +121,7 @@ class GraphEngine(Engine):
         micro = self.model.start(self._feeder.tensors(share), share.total, key)
         self._stages_left = len(self.split.mine)
         resharding: Any = Resharding(self._reduction.buckets) if self.plan.zero == 3 else nullcontext()
-        with resharding:
+        with self.mesh.exchanging(), resharding:
             loss = self._pipeline.step(micro)
         self._reduction.finish()
         return float(self.model.total(loss))
@@ -133,7 +133,8 @@ class GraphEngine(Engine):
         evaluation = self._evaluation
         evaluation.load(self._module)
         key = random.stream(self.job.seed, self.steps, 1)
-        found = [evaluation.run(self._taken(batch), key) for batch in batches]
+        with self.mesh.exchanging():
+            found = [evaluation.run(self._taken(batch), key) for batch in batches]
         if not found:
             raise JobError("evaluate was given no batch; give at least one")
         self.mesh.recorder.take()

@@ -158,7 +158,7 @@ class ModuleEngine(Engine):
     def forward_backward(self, batch: Batch) -> float:
         self._take(batch)
         self._stages_left = len(self._stages)
-        with self._running(self._rows), self._reduction.step():
+        with self.mesh.exchanging(), self._running(self._rows), self._reduction.step():
             totals = self._pipeline.step(len(self._rows))
         loss, _ = self._reduction.finish(total_over_stages(totals, self._axis))
         return loss
@@ -172,7 +172,8 @@ class ModuleEngine(Engine):
             for batch in batches:
                 given = True
                 self._take(batch)
-                with torch.no_grad(), self._running(self._rows, evaluating=True), self._reduction.step():
+                running = self._running(self._rows, evaluating=True)
+                with torch.no_grad(), self.mesh.exchanging(), running, self._reduction.step():
                     totals += self._forward.step(len(self._rows))
         finally:
             self.module.train()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.parallel.mesh import Axis, Mesh
+from shardwise.parallel.mesh import Axis, Mesh, open_group
 from shardwise.parallel.schedule import stage_rank
 
 _MOST_TENSORS = 1 << 12
@@ -47,9 +47,10 @@ class Channels:
                 ends = [stage_rank(s, axis.size) for s in (source, target)]
                 for column in mesh.columns(axis):
                     pair = [column[end] for end in ends]
-                    group = dist.new_group(sorted(pair))
+                    group, new = open_group(sorted(pair), f"{kind}{target}")
                     if mesh.rank in pair:
                         self._groups[kind, target] = group
+                    if mesh.rank in pair and new:
                         # NCCL connects at the first message, and waits for the other rank: now, in an order that all
                         # ranks keep, and not in the middle of a schedule.
                         first = torch.zeros(1, device=self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -97,6 +98,16 @@ class Mesh:
             for inner in range(stride)
         ]
 
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """While ranks send to each other: what fails in between leaves messages behind, that no later mesh may take."""
+        try:
+            yield
+        except BaseException:
+            if dist.group.WORLD is not None:
+                _OPEN.pop(dist.group.WORLD, None)
+            raise
+
     def coordinates(self) -> tuple[int, ...]:
         return tuple(axis.rank for axis in self.axes)
 
@@ -123,6 +134,26 @@ class Mesh:
         return cls(tuple(axes), me, recorder)
 
 
+_OPEN: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], dist.ProcessGroup]] = WeakKeyDictionary()
+"""The groups of every default group. Each has threads and connections, that live as long as the default group."""
+
+
+def open_group(ranks: Sequence[int], purpose: str = "") -> tuple[dist.ProcessGroup, bool]:
+    """The process group of these ranks for a purpose. All ranks ask for all groups, in the same order.
+
+    Returns:
+        the group, and whether it is new. One that an earlier mesh opened is taken again.
+    """
+    assert dist.group.WORLD is not None
+    groups = _OPEN.setdefault(dist.group.WORLD, {})
+    key = (purpose, *ranks)
+    new = key not in groups
+    if new:
+        groups[key] = dist.new_group(ranks)
+        wait_at_exit()
+    return groups[key], new
+
+
 def _group(
     sizes: Sequence[tuple[str, int]], index: int, me: int, *, real: bool
 ) -> tuple[list[int], dist.ProcessGroup | None]:
@@ -139,8 +170,7 @@ def _group(
         ranks = [base + k * strides[index] for k in range(shape[index])]
         made = None
         if real and shape[index] > 1:
-            made = dist.new_group(ranks, group_desc=sizes[index][0])
-            wait_at_exit()
+            made, _ = open_group(ranks)
         if me in ranks:
             mine, group = ranks, made
     return mine, group

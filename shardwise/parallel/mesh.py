@@ -138,8 +138,8 @@ _OPEN: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], dist.Proces
 """The groups of every default group. Each has threads and connections, that live as long as the default group."""
 
 
-def open_group(ranks: Sequence[int], purpose: str = "") -> tuple[dist.ProcessGroup, bool]:
-    """The process group of these ranks for a purpose. All ranks ask for all groups, in the same order.
+def open_group(ranks: Sequence[int], purpose: str) -> tuple[dist.ProcessGroup, bool]:
+    """The process group of these ranks for a purpose, which is its description. All ranks ask for all, in one order.
 
     Returns:
         the group, and whether it is new. One that an earlier mesh opened is taken again.
@@ -149,7 +149,7 @@ def open_group(ranks: Sequence[int], purpose: str = "") -> tuple[dist.ProcessGro
     key = (purpose, *ranks)
     new = key not in groups
     if new:
-        groups[key] = dist.new_group(ranks)
+        groups[key] = dist.new_group(ranks, group_desc=purpose)
         wait_at_exit()
     return groups[key], new
 
@@ -170,7 +170,7 @@ def _group(
         ranks = [base + k * strides[index] for k in range(shape[index])]
         made = None
         if real and shape[index] > 1:
-            made, _ = open_group(ranks)
+            made, _ = open_group(ranks, sizes[index][0])
         if me in ranks:
             mine, group = ranks, made
     return mine, group

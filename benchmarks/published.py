@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from shardwise.cost.estimate import Estimate, Pricer
+from shardwise.cost.estimate import Estimate
+from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES, Profile
 from shardwise.errors import ShardwiseError
 from shardwise.graph.blocks import blocks

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from shardwise.cost.device import Device
-from shardwise.cost.price import Message, price
 from shardwise.cost.work import exchanged
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
+from shardwise.machine.cluster import Cluster
 from shardwise.parallel.layout import PARTIAL, VARIES, WHOLE, Cut
 from shardwise.plan.plan import Plan
 from shardwise.search.choose import choose
@@ -85,20 +82,19 @@ def test_plans_are_ranked_by_their_price() -> None:
 
 
 def test_slow_links_favour_the_plan_that_sends_least() -> None:
-    job = ZOO["gpt2"]()
-    maker = Maker(job, Graph.of(job))
-    plans = {c.strategy: plan_of(c) for c in strategies(job, 2) if c.plan is not None}
-    fast = Device(flops=60e9, memory=8e9, call=0.0, link=1e12, latency=0.0)
-    slow = dataclasses.replace(fast, link=1e5)
-    batch = 64 * job.global_batch
+    job = ZOO["gpt2"]().with_(global_batch=512)
+    graph = Graph.of(job)
+    plans = {c.strategy: plan_of(c) for c in strategies(job, 2, graph) if c.plan is not None}
+    slow, fast = Cluster.load("2x1xh100-sxm+ethernet-1"), Cluster.load("2xh100-sxm").with_links(100, instant=True)
 
-    def seconds(name: str, device: Device) -> float:
-        return sum(price(maker.split(plans[name]), batch, device).values())
+    def seconds(name: str, cluster: Cluster) -> float:
+        return Maker(job, graph, cluster).price(plans[name]).step
 
     # A tensor split sends activations, which grow with the batch; a data split sends gradients, which do not.
     assert seconds("data", slow) < seconds("tensor", slow)
+    one = Maker(job, graph, Cluster.load("1xh100-sxm")).price(Plan()).step
     for name in ("data", "tensor"):
-        assert seconds(name, fast) < sum(price(maker.split(Plan()), batch, fast).values())
+        assert seconds(name, fast) < one
 
 
 def test_what_nothing_splits_is_refused_with_every_reason() -> None:
@@ -122,10 +118,3 @@ def test_conversions_and_their_gradients() -> None:
     assert exchanged(cut, VARIES) == (("all_gather",), ("reduce_scatter",))
     assert exchanged(cut, other) == (("all_to_all",), ("all_to_all",))
     assert exchanged(cut, cut) == ((), ())
-
-
-def test_an_all_reduce_takes_a_reduce_scatter_and_an_all_gather() -> None:
-    device = Device(flops=1.0, memory=1.0, call=0.0, link=1e9, latency=1e-4)
-    parts = [Message(kind, 4, 1, 1e6).seconds(device) for kind in ("reduce_scatter", "all_gather")]
-    assert Message("all_reduce", 4, 1, 1e6).seconds(device) == pytest.approx(sum(parts))
-    assert parts[0] == pytest.approx(1e-4 + 0.75e6 / 1e9)

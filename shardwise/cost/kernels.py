@@ -27,19 +27,25 @@ class Kernels:
     def __init__(self, device: Device, *, flash: bool = True, passes: float = 1.0) -> None:
         self.device, self.flash, self.passes = device, flash, passes
         self._memory = device.bandwidth.value * device.reached.value
+        # An accelerator runs ahead of its host, and a core is the host.
+        self._start = device.call.value if device.kind == "cpu" else 0.0
 
     def forward(self, task: Task) -> float:
         """Seconds of an operator's forward."""
+        return self._forward(task) + self._start * task.calls
+
+    def backward(self, task: Task) -> float:
+        """Seconds of an operator's backward."""
+        return self._backward(task) + self._start * task.calls * min(task.gradients, 2) if task.gradients else 0.0
+
+    def _forward(self, task: Task) -> float:
         if task.kind == PRODUCT and task.product is not None:
             return self.product(task.product, task.dtype)
         if task.kind == ATTENTION:
             return self._attention(task, 1.0)
         return self._moved(task, task.moved)
 
-    def backward(self, task: Task) -> float:
-        """Seconds of an operator's backward."""
-        if not task.gradients:
-            return 0.0
+    def _backward(self, task: Task) -> float:
         if task.kind == PRODUCT and task.product is not None:
             n, rows, columns, depth = task.product
             back = self.product(Product(n, rows, depth, columns), task.dtype)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from shardwise.parallel.schedule import Action, orders
 
+_MANY = 20_000
+"""Actions beyond which a pipeline is not run but reckoned by its slowest stage."""
+
 
 def pipeline_seconds(
-    schedule: str, ranks: int, micros: int, forward: Sequence[float], backward: Sequence[float], send: float
+    schedule: str, ranks: int, micros: int, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float]
 ) -> float:
     """Seconds from the first forward to the last backward.
 
@@ -17,15 +21,15 @@ def pipeline_seconds(
         ranks: along the pipeline.
         micros: micro-batches.
         forward, backward: seconds of each stage for one micro-batch; stages go round the ranks.
-        send: seconds to carry a micro-batch from one stage to the next.
+        sends: seconds to carry a micro-batch from each stage to the next, one fewer than stages.
     """
     stages = len(forward)
-    if ranks == 1 and stages == 1:
+    if stages == 1:
         return micros * (forward[0] + backward[0])
-    if schedule in ("1f1b", "gpipe") and stages == ranks and micros >= ranks and stages * micros > 20_000:
-        return _closed(micros, forward, backward, send)
-    order = orders(schedule, ranks, stages, micros)
+    if schedule != "zero-bubble" and micros >= ranks and stages * micros > _MANY:
+        return steady_seconds(schedule, ranks, micros, forward, backward, sends)
     done: dict[Action, float] = {}
+    order = _orders(schedule, ranks, stages, micros)
     clock, at = [0.0] * ranks, [0] * ranks
     moved = True
     while moved:
@@ -33,7 +37,7 @@ def pipeline_seconds(
         for rank in range(ranks):
             while at[rank] < len(order[rank]):
                 action = order[rank][at[rank]]
-                ready = _ready(action, stages, done, send)
+                ready = _ready(action, stages, done, sends)
                 if ready is None:
                     break
                 start = max(clock[rank], ready)
@@ -43,30 +47,54 @@ def pipeline_seconds(
     return max(clock)
 
 
+def steady_seconds(
+    schedule: str, ranks: int, micros: int, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float]
+) -> float:
+    """The same for many micro-batches: filling, draining, and in between the slowest rank.
+
+    In 1F1B a stage may also wait for the way to the end and back: of the micro-batches on that way it has no more than
+    there are stages. Interleaved stages fill and drain as many times sooner as a rank has of them (Narayanan et al.,
+    2021).
+    """
+    stages = len(forward)
+    fill = sum(forward) + sum(backward) + 2 * sum(sends)
+    if schedule == "gpipe" and stages == ranks:
+        return fill + (micros - 1) * (max(forward) + max(backward))
+    if stages > ranks:
+        each = stages // ranks
+        busiest = max(sum(forward[rank::ranks]) + sum(backward[rank::ranks]) for rank in range(ranks))
+        return micros * busiest + (ranks - 1) * busiest / each + 2 * sum(sends) / each
+    pace = way = 0.0
+    for stage in reversed(range(stages)):
+        both = forward[stage] + backward[stage]
+        way += both + (2 * sends[stage] if stage < stages - 1 else 0.0)
+        pace = max(pace, both, way / (stages - stage))
+    return fill + (micros - 1) * pace
+
+
+@lru_cache(maxsize=256)
+def _orders(schedule: str, ranks: int, stages: int, micros: int) -> list[list[Action]]:
+    return orders(schedule, ranks, stages, micros)
+
+
 def _takes(action: Action, forward: Sequence[float], backward: Sequence[float]) -> float:
     if action.kind == "F":
         return forward[action.stage]
     return backward[action.stage] * (1.0 if action.kind == "B" else 0.5)
 
 
-def _ready(action: Action, stages: int, done: dict[Action, float], send: float) -> float | None:
+def _ready(action: Action, stages: int, done: dict[Action, float], sends: Sequence[float]) -> float | None:
     """When what an action needs is there; None while that is not known."""
     stage, kind, micro = action
     if kind == "F":
-        return 0.0 if stage == 0 else _plus(done.get(Action(stage - 1, "F", micro)), send)
+        return 0.0 if stage == 0 else _plus(done.get(Action(stage - 1, "F", micro)), sends[stage - 1])
     if kind == "W":
         return done.get(Action(stage, "I", micro))
     if stage == stages - 1:
         return done.get(Action(stage, "F", micro))
     after = done.get(Action(stage + 1, "B", micro), done.get(Action(stage + 1, "I", micro)))
-    return _plus(after, send)
+    return _plus(after, sends[stage])
 
 
 def _plus(seconds: float | None, send: float) -> float | None:
     return None if seconds is None else seconds + send
-
-
-def _closed(micros: int, forward: Sequence[float], backward: Sequence[float], send: float) -> float:
-    """The same for many micro-batches: each stage once, and the slowest for all others."""
-    both = [f + b for f, b in zip(forward, backward, strict=True)]
-    return sum(both) + 2 * send * (len(forward) - 1) + (micros - 1) * max(both)

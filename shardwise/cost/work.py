@@ -112,6 +112,10 @@ class Work:
         """Bytes of a tensor on one rank."""
         return self.local(value, samples, states) * value.dtype.itemsize
 
+    def made(self, op: Op, samples: int) -> float:
+        """Bytes of what an operator makes that gradients flow through, on one rank."""
+        return sum(self.local_bytes(v, samples) for v in op.outputs if v in self.graph.needs_grad)
+
     @cached_property
     def weights(self) -> Mapping[str, float]:
         """Entries of each parameter on one rank."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from shardwise.errors import MachineError
 from shardwise.machine.device import Device, Link, device, known_devices, network, read_toml
+from shardwise.machine.quantity import Quantity
 
 _PART = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<devices>\d+)x(?P<device>[a-z][\w.-]*)")
 
@@ -43,24 +44,27 @@ class Route:
     reduce_bandwidth: float
 
     def seconds(self, kind: str, size: float) -> float:
-        """Seconds of a collective by α-β over a ring (Thakur et al., 2005).
+        """Seconds of a collective.
 
         Args:
             kind: "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast" or "send".
             size: bytes of the whole tensor; of what one rank sends for "send" and "all_to_all".
         """
-        if self.ranks < 2:
-            return 0.0
+        fixed, each = self.parts(kind)
+        return fixed + each * size
+
+    def parts(self, kind: str) -> tuple[float, float]:
+        """Seconds of an empty collective, and of each byte, by α-β over a ring (Thakur et al., 2005)."""
         n = self.ranks
+        if n < 2:
+            return 0.0, 0.0
         if kind == "send":
-            return self.launch + self.hop + size / self.bandwidth
-        if kind == "all_to_all":
-            return self.launch + (n - 1) * self.hop + size * (n - 1) / n / self.bandwidth
+            return self.launch + self.hop, 1 / self.bandwidth
         if kind == "all_reduce":
             # Between nodes it runs over trees (Sanders et al., 2009, as NCCL does), whose depth grows as a logarithm.
             steps = 2 * (math.log2(self.nodes) if self.nodes > 1 else n - 1)
-            return self.launch + steps * self.hop + self.reduce * (n - 1) / n * size / self.reduce_bandwidth
-        return self.launch + (n - 1) * self.hop + (n - 1) / n * size / self.bandwidth
+            return self.launch + steps * self.hop, self.reduce * (n - 1) / n / self.reduce_bandwidth
+        return self.launch + (n - 1) * self.hop, (n - 1) / n / self.bandwidth
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,25 @@ class Cluster:
             name = str(entry.get("network", kind.network))
             nodes += [Node(each, kind, nets.get(name) or network(name))] * count
         return cls(str(table.get("name", path.stem)), tuple(nodes))
+
+    def with_links(self, times: float, *, inside: bool = True, between: bool = True, instant: bool = False) -> Cluster:
+        """The same machines with links so many times as fast: those inside of nodes, between nodes, or both.
+
+        Args:
+            instant: whether a collective also starts at once.
+        """
+
+        def faster(link: Link) -> Link:
+            found = replace(link, bandwidth=Quantity(link.bandwidth.value * times, link.bandwidth.source))
+            none = Quantity(0.0, "none")
+            return replace(found, launch=none, hop=none) if instant else found
+
+        changed: dict[int, Node] = {}
+        for node in self.nodes:
+            if id(node) not in changed:
+                kind = replace(node.device, link=faster(node.device.link)) if inside else node.device
+                changed[id(node)] = Node(node.devices, kind, faster(node.network) if between else node.network)
+        return Cluster(self.name, tuple(changed[id(node)] for node in self.nodes))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -146,6 +146,13 @@ class Device:
             network=str(table["network"]),
         )
 
+    @functools.cached_property
+    def rates(self) -> tuple[object, ...]:
+        """All that its operators' seconds depend on: equal for devices that compute alike."""
+        numbers = (self.units, self.bandwidth, self.matmul, self.attention, self.reached, self.call)
+        flops = sorted((precision, rate.value) for precision, rate in self.flops.items())
+        return self.kind, *(n.value for n in numbers), *flops
+
     def peak(self, precision: str) -> float:
         """Operations a second at most. A precision that the device lacks runs in the nearest that it has.
 

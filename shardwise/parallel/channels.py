@@ -47,7 +47,7 @@ class Channels:
                 ends = [stage_rank(s, axis.size) for s in (source, target)]
                 for column in mesh.columns(axis):
                     pair = [column[end] for end in ends]
-                    group, new = open_group(sorted(pair), f"{kind}{target}")
+                    group, new = open_group(sorted(pair), axis.name, f"{kind}{target}")
                     if mesh.rank in pair:
                         self._groups[kind, target] = group
                     if mesh.rank in pair and new:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from weakref import WeakKeyDictionary
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -138,18 +138,23 @@ _OPEN: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[object, ...], dist.Proces
 """The groups of every default group. Each has threads and connections, that live as long as the default group."""
 
 
-def open_group(ranks: Sequence[int], purpose: str) -> tuple[dist.ProcessGroup, bool]:
-    """The process group of these ranks for a purpose, which is its description. All ranks ask for all, in one order.
+def open_group(ranks: Sequence[int], axis: str, use: str = "") -> tuple[dist.ProcessGroup, bool]:
+    """A process group of these ranks. All ranks ask for all groups, in the same order.
+
+    Args:
+        ranks: of the default group.
+        axis: name of the mesh axis that it is of, by which its traffic is told apart.
+        use: what else than the axis's collectives it is for.
 
     Returns:
-        the group, and whether it is new. One that an earlier mesh opened is taken again.
+        the group, and whether it is new. One that an earlier mesh opened for the same is taken again.
     """
     assert dist.group.WORLD is not None
     groups = _OPEN.setdefault(dist.group.WORLD, {})
-    key = (purpose, *ranks)
+    key = (axis, use, *ranks)
     new = key not in groups
     if new:
-        groups[key] = dist.new_group(ranks, group_desc=purpose)
+        groups[key] = dist.new_group(ranks, group_desc=axis)
         wait_at_exit()
     return groups[key], new
 

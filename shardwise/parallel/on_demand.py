@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shardwise.errors import RunError
-from shardwise.parallel.mesh import Axis, Mesh, Recorder
+from shardwise.parallel.mesh import Axis, Mesh, Recorder, open_group
 from shardwise.parallel.sharded import FlatBucket
 
 _READING = frozenset(("data", "T", "mT", "H", "mH", "real", "imag"))
@@ -351,5 +351,5 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _group_beside(mesh: Mesh, axis: Axis) -> dist.ProcessGroup | None:
     """One more group of the ranks along an axis. Every rank makes all groups."""
-    groups: list[dist.ProcessGroup] = [dist.new_group(column, group_desc=axis.name) for column in mesh.columns(axis)]
+    groups = [open_group(column, axis.name, "beside")[0] for column in mesh.columns(axis)]
     return groups[[mesh.rank in column for column in mesh.columns(axis)].index(True)]

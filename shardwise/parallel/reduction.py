@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.parallel.data import FIRST_BYTES, GradientSync, summed_buckets
-from shardwise.parallel.mesh import Axis
+from shardwise.parallel.mesh import Axis, open_group
 from shardwise.parallel.rank import RankModel
 from shardwise.parallel.recompute import block_of
 from shardwise.parallel.sharded import FlatBucket, ScatteredBucket, make_buckets
@@ -169,7 +169,7 @@ def _tie_groups(model: RankModel, shared: Mapping[str, tuple[int, ...]]) -> dict
     for ranks in sorted(set(shared.values())):
         for column in mesh.columns(axis):
             members = [column[r] for r in ranks]
-            group = dist.new_group(members, group_desc=axis.name) if dist.is_initialized() else None
+            group = open_group(members, axis.name, "tied")[0] if dist.is_initialized() else None
             if mesh.rank in members:
                 made[ranks] = group
     return {name: made[ranks] for name, ranks in shared.items() if ranks in made}

@@ -1,18 +1,29 @@
-"""Choose: the plans worth running, ranked by their price."""
+"""Choose: the best plan for a job on a cluster, and what it was chosen from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from shardwise.errors import PlanError
+from shardwise.graph.fold import Folded
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
+from shardwise.machine.cluster import Cluster
+from shardwise.parallel.hybrid import Split
+from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import Plan
-from shardwise.search.candidate import Candidate
+from shardwise.search.candidate import Candidate, NotApplicable
+from shardwise.search.cuts import cut_places
+from shardwise.search.dims import SEQUENCE
+from shardwise.search.planner import Found, Planner
+from shardwise.search.space import Options, Space, divisors, layer_patterns
 from shardwise.search.strategies import STRATEGIES, Maker, maker_of
 from shardwise.search.uncaptured import ModuleMaker
+
+_MOST_TENSOR = 64
+"""Ranks of a tensor axis at most: every layer waits for all of them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,67 @@ class Ranked:
     reason: str
 
 
+def search(
+    maker: Maker, cluster: Cluster, options: Options | None = None, tell: Callable[[Found, int], None] | None = None
+) -> Found:
+    """The best plans for a job on all devices of a cluster, or, where cost is the objective, on some of them.
+
+    Args:
+        maker: of the job.
+        cluster: where it is to run.
+        options: what to look for.
+        tell: called now and then with what is found so far and how many shapes are left.
+    """
+    return planner_of(maker, cluster, cluster.ranks, options or Options()).search(tell)
+
+
+def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> Planner:
+    """What looks for the best plan over so many ranks of a cluster."""
+    folded, job = maker.pricer.folded, maker.job
+    dims = {t: _choices_of_dims(maker, t) for t in divisors(ranks) if 1 < t <= min(_MOST_TENSOR, ranks)}
+    patterns = layer_patterns(maker.graph) if options.recompute else ()
+    table = maker.pricer.table((), 1, cluster.nodes[0].device, ())
+    space = Space(
+        ranks=ranks,
+        batch=job.global_batch,
+        dims=dims,
+        most_stages=len(cut_places(table)) + 1,
+        splits_batch=maker.graph.batch_dim is not None and maker.graph.captured.fixed_batch is None,
+        splits_time=_splits_time(folded),
+        recompute=((), patterns) if patterns else ((),),
+        options=options,
+    )
+
+    def runs(plan: Plan) -> bool:
+        try:
+            maker.split(plan)
+        except PlanError:
+            return False
+        return True
+
+    return Planner(maker.pricer, cluster, space, runs, maker.graph.fingerprint(), job.precision)
+
+
+def _choices_of_dims(maker: Maker, ranks: int) -> list[tuple[str, ...]]:
+    """What a tensor axis may split: the dims that pay, with the sequence between them and without."""
+    try:
+        chosen = maker.tensor_dims(ranks)
+    except NotApplicable:
+        return []
+    sequences = tuple(d for d in maker.sequence_dims(ranks) if d not in chosen)
+    without = tuple(d for d in chosen if not d.startswith(SEQUENCE))
+    return list(dict.fromkeys(dims for dims in (chosen, without, (*chosen, *sequences)) if dims))
+
+
+def _splits_time(folded: Folded) -> bool:
+    """Whether a batch can be cut into micro-batches: statistics that are of the whole batch forbid it."""
+    try:
+        Split(folded.graph, Plan(micro_batches=2), Mesh.build([], rank=0))
+    except PlanError:
+        return False
+    return True
+
+
 def choose(job: Job, ranks: int, graph: Graph | None = None) -> list[Ranked]:
     """Plans for `ranks` ranks, the best first; for a model that does not capture those that split most simply.
 
@@ -51,6 +123,10 @@ def compared(job: Job, ranks: int, graph: Graph | None = None) -> tuple[list[Ran
     found = [maker.candidate(strategy, ranks) for strategy in STRATEGIES]
     ranked = [_ranked(maker, c) for c in found if c.plan is not None]
     if isinstance(maker, Maker):
+        best = search(maker, maker.cluster(ranks)).best
+        if best is not None and all(r.plan != best.plan for r in ranked):
+            why = f"the best of all plans; {maker.reason(best.plan)}"
+            ranked.append(Ranked("chosen", best.plan, best.estimate.step, best.estimate.seconds, why))
         ranked.sort(key=lambda r: r.seconds)
     if not ranked:
         reasons = "; ".join(f"{c.strategy}: {c.reason}" for c in found)
@@ -60,6 +136,7 @@ def compared(job: Job, ranks: int, graph: Graph | None = None) -> tuple[list[Ran
 
 def _ranked(maker: Maker | ModuleMaker, candidate: Candidate) -> Ranked:
     assert candidate.plan is not None
-    terms = maker.price(candidate.plan)
-    seconds = sum(terms.values()) if terms else math.nan
+    found = maker.price(candidate.plan)
+    terms = found.seconds if found is not None else {}
+    seconds = found.step if found is not None else math.nan
     return Ranked(candidate.strategy, candidate.plan, seconds, terms, candidate.reason)

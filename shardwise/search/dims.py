@@ -8,20 +8,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from shardwise.graph.blocks import twins
-from shardwise.graph.dims import BATCH
+from shardwise.graph.dims import BATCH, Dim
 from shardwise.graph.graph import Graph
 
 SEQUENCE = "sequence"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.#]|$)")
 
 
-def groups(graph: Graph, parts: int) -> list[tuple[str, ...]]:
+def groups(graph: Graph, parts: int, first: Mapping[Dim, Dim] | None = None) -> list[tuple[str, ...]]:
     """The dims of parameters that `parts` divides, and those of sequences; those that layers have alike are one group.
 
     Dims are alike that have the same place in copies of one block, or names that differ in numbers alone. A group is a
     list of patterns, such as `heads@layers.*.attention`, where these match no other dim, else of names.
+
+    Args:
+        graph: the captured model.
+        parts: into how many a dim is to be cut.
+        first: the graph's `twins`, where they are known.
     """
-    first = twins(graph)
+    first = first if first is not None else twins(graph)
     fits: dict[str, bool] = {}
     alike: dict[str, dict[str, None]] = {}
     for op in graph.ops:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import combinations
 
-from shardwise.cost.device import Device
-from shardwise.cost.price import price
+from shardwise.cost.estimate import Estimate
+from shardwise.cost.pricer import Pricer
+from shardwise.cost.profile import PROFILES
 from shardwise.errors import CaptureError, PlanError
+from shardwise.graph.blocks import twins
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
-from shardwise.machine.backend import Backend
+from shardwise.machine.cluster import Cluster
+from shardwise.machine.here import here
 from shardwise.parallel.hybrid import Split, check_fixed_batch
 from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 from shardwise.search.candidate import Candidate, NotApplicable, check_divides, factors, micro_batches
-from shardwise.search.dims import choose_dims, groups
-from shardwise.search.stages import balanced_cuts
+from shardwise.search.cuts import best_cuts
+from shardwise.search.dims import SEQUENCE, choose_dims, groups
+from shardwise.search.state import state_bytes
 from shardwise.search.uncaptured import ModuleMaker
 
 STRATEGIES = ("data", "sharded", "tensor", "pipeline", "hybrid")
@@ -54,12 +59,12 @@ def maker_of(job: Job, graph: Graph | None = None) -> Maker | ModuleMaker:
 class Maker:
     """Makes plans for one job."""
 
-    def __init__(self, job: Job, graph: Graph) -> None:
-        self.job, self.graph = job, graph
-        self.device = Device.of(Backend.detect(), job.precision)
-        # Where no dim pays on this device's links, those are taken that would pay on links as fast as inside a node.
-        self._fast = replace(self.device, link=self.device.link * 10, latency=0.0, call=0.0)
+    def __init__(self, job: Job, graph: Graph, cluster: Cluster | None = None) -> None:
+        self.job, self.graph, self._given = job, graph, cluster
+        self.pricer = Pricer(graph, replace(PROFILES["shardwise"], state=state_bytes(job)))
         self._dims: dict[int, tuple[str, ...]] = {}
+        self._here: dict[int, Cluster] = {}
+        self._twins = twins(graph)
 
     def candidate(self, strategy: str, ranks: int) -> Candidate:
         """The plan of a strategy, or why it does not apply."""
@@ -70,7 +75,7 @@ class Maker:
             self.split(plan)
         except (NotApplicable, PlanError) as error:
             return Candidate(strategy, None, str(error))
-        return Candidate(strategy, plan, self._reason(plan))
+        return Candidate(strategy, plan, self.reason(plan))
 
     def plan(self, sizes: dict[str, int], *, zero: int | None = None) -> Plan:
         """A plan with these ways to split and their sizes.
@@ -110,9 +115,17 @@ class Maker:
         """The plan for one rank."""
         return Plan(precision=self.job.precision, model=self.graph.fingerprint())
 
-    def price(self, plan: Plan) -> dict[str, float]:
-        """Seconds of one step by term."""
-        return price(self.split(plan), self.job.global_batch, self.device)
+    def cluster(self, ranks: int) -> Cluster:
+        """Where so many ranks run: what was given, or this machine."""
+        if self._given is not None:
+            return self._given
+        if ranks not in self._here:
+            self._here[ranks] = here(ranks)
+        return self._here[ranks]
+
+    def price(self, plan: Plan) -> Estimate:
+        """What a plan costs."""
+        return self.pricer.price(plan, self.cluster(plan.ranks), self.job.global_batch)
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -132,33 +145,58 @@ class Maker:
         """
         if ranks in self._dims:
             return self._dims[ranks]
-        found = groups(self.graph, ranks)
+        found = groups(self.graph, ranks, self._twins)
         if not found:
             raise NotApplicable(f"{ranks} divides no dim of the model's operators with parameters")
 
-        def cost(device: Device) -> Callable[[tuple[str, ...]], dict[str, float]]:
-            return lambda dims: price(
-                self.split(Plan((PlanAxis("tensor", ranks, dims),))), self.job.global_batch, device
-            )
+        cluster = self.cluster(ranks)
+        # Where no dim pays on these links, those are taken that would pay on links as fast as inside a node.
+        for links in (cluster, cluster.with_links(10, instant=True)):
+            chosen = choose_dims(found, self._costs(ranks, links))
+            if chosen:
+                self._dims[ranks] = chosen
+                return chosen
+        raise NotApplicable(f"splitting any dim over {ranks} ranks sends more than it saves")
 
-        chosen = choose_dims(found, cost(self.device)) or choose_dims(found, cost(self._fast))
-        if not chosen:
-            raise NotApplicable(f"splitting any dim over {ranks} ranks sends more than it saves")
-        self._dims[ranks] = chosen
-        return chosen
+    def sequence_dims(self, ranks: int) -> tuple[str, ...]:
+        """The dims of sequences that a tensor axis of so many ranks can split."""
+        found = groups(self.graph, ranks, self._twins)
+        return tuple(d for group in found for d in group if all(n.startswith(SEQUENCE) for n in group))
+
+    def _costs(self, ranks: int, cluster: Cluster) -> Callable[[tuple[str, ...]], dict[str, float]]:
+        """Seconds of computing and of sending, for dims that so many ranks split."""
+        batch = max(1, self.job.global_batch * ranks // cluster.ranks)
+
+        def cost(dims: tuple[str, ...]) -> dict[str, float]:
+            seconds = self.pricer.price(Plan((PlanAxis("tensor", ranks, dims),)), cluster, batch).seconds
+            sent = sum(s for item, s in seconds.items() if item.startswith("communication"))
+            return {"compute": sum(seconds.values()) - sent, "communication": sent}
+
+        return cost
 
     def _pipelined(self, plan: Plan, axes: list[PlanAxis], ranks: int, data: int) -> Plan:
-        cuts = balanced_cuts(self.split(plan), ranks, self.job.global_batch, self.device)
-        if not cuts:
-            raise NotApplicable(f"the model has fewer operators than {ranks} stages")
-        plan = plan.with_(axes=tuple(axes), cuts=cuts)
-        for micros in micro_batches(self.job.global_batch // data, ranks):
+        plan = plan.with_(axes=tuple(axes), cuts=("-",) * (ranks - 1))
+        for micros in (*micro_batches(self.job.global_batch // data, ranks), 1):
+            cut = self.cut(plan.with_(micro_batches=micros), ranks)
             try:
-                self.split(plan.with_(micro_batches=micros))
+                self.split(cut)
             except PlanError:
-                continue
-            return plan.with_(micro_batches=micros)
-        return plan
+                if micros > 1:
+                    continue
+                raise
+            return cut
+        raise AssertionError("one micro-batch is always tried")
+
+    def cut(self, plan: Plan, ranks: int) -> Plan:
+        """A plan with stages as equal as can be, in place of those that it has.
+
+        Raises:
+            NotApplicable: the model has too few operators.
+        """
+        cuts = best_cuts(self.pricer.case(plan, self.cluster(plan.ranks), self.job.global_batch), 1, math.inf)
+        if cuts is None:
+            raise NotApplicable(f"the model has fewer operators than {ranks} stages")
+        return plan.with_(cuts=tuple(self.graph.ops[i].id for i in cuts))
 
     def _hybrid(self, ranks: int) -> Plan:
         primes = factors(ranks)
@@ -180,14 +218,15 @@ class Maker:
                 sizes[chosen[::-1][n % len(chosen)]] *= prime
             try:
                 plan = self.plan(sizes, zero=1 if "data" in sizes else 0)
-                options.append((sum(self.price(plan).values()), len(options), plan))
+                options.append((self.price(plan).step, len(options), plan))
             except (NotApplicable, PlanError) as error:
                 refused.append(str(error))
         if not options:
             raise NotApplicable("; ".join(refused))
         return min(options)[2]
 
-    def _reason(self, plan: Plan) -> str:
+    def reason(self, plan: Plan) -> str:
+        """What a plan splits, in words."""
         parts = []
         for axis in plan.axes:
             if axis.name == PIPELINE:

@@ -36,9 +36,9 @@ class ModuleMaker:
             return Candidate(strategy, None, str(error))
         return Candidate(strategy, plan, self._reason(plan))
 
-    def price(self, plan: Plan) -> dict[str, float]:
-        """Nothing: without a graph there is no telling."""
-        return {}
+    def price(self, plan: Plan) -> None:
+        """None: without a graph there is no telling."""
+        return None
 
     def one(self) -> Plan:
         """The plan for one rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +30,18 @@ class Value:
         return len(self.sizes)
 
     def numel(self) -> Size:
-        return dims.product(self.sizes)
+        return self._numel
 
     def bytes(self) -> Size:
-        return self.numel() * self.dtype.itemsize
+        return self._bytes
+
+    @cached_property
+    def _numel(self) -> Size:
+        return dims.product(self.sizes)
+
+    @cached_property
+    def _bytes(self) -> Size:
+        return self._numel * self.dtype.itemsize
 
     def leaves(self) -> tuple[tuple[Dim, ...], ...]:
         """For each position its leaves, major first."""

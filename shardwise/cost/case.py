@@ -1,0 +1,237 @@
+"""Case: a plan on a cluster but for where its stages begin: what any stretch of operators would take as a stage.
+
+Everything works on single stages and on all stretches between bounds at once, so that a plan's price and the search for
+its cuts are one reckoning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from shardwise.cost.estimate import Estimate
+from shardwise.cost.place import DATA, Place
+from shardwise.cost.profile import Profile
+from shardwise.cost.table import PLAIN, Array, Stretches, Table
+from shardwise.cost.timeline import pipeline_seconds
+from shardwise.parallel.schedule import stage_rank
+from shardwise.plan.plan import PIPELINE, Plan
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a stage for one micro-batch.
+
+    Attributes:
+        forward, backward: in all.
+        compute: of the device, both ways.
+        waits: for the host, both ways.
+        sent, hidden: of each axis's collectives, both ways: what nothing hides, and what computing hides.
+    """
+
+    forward: Array
+    backward: Array
+    compute: Array
+    waits: Array
+    sent: Mapping[str, Array]
+    hidden: Mapping[str, Array]
+
+
+class Case:
+    """A plan on a cluster but for where its stages begin.
+
+    Args:
+        plan: how the model is split; its cuts are not looked at.
+        profile: the framework that runs it.
+        tables: of each pipeline rank.
+        places: of each pipeline rank.
+        copies: how many alike layers the model has.
+    """
+
+    def __init__(
+        self, plan: Plan, profile: Profile, tables: Sequence[Table], places: Sequence[Place], copies: int
+    ) -> None:
+        self.plan, self.profile, self.tables, self.places = plan, profile, tables, places
+        self._copies = copies
+        self.data = 1
+        for axis in plan.axes:
+            self.data *= axis.size if axis.dims == ("batch",) else 1
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def times(self, rank: int, s: Stretches) -> Times:
+        """Seconds of stretches as stages of a pipeline rank."""
+        p, place = self.profile, self.places[rank]
+        rate = place.device.bandwidth.value * place.device.reached.value
+        shown = 1.0 - p.overlap_tensor
+        # In all micro-batches but the first a gradient is added to one that is there.
+        added = s.weights * p.accumulate * (1 - 1 / self.plan.micro_batches) * p.passes / rate
+        forward, backward = s.forward, s.backward + s.again + added
+        all_sent: dict[str, Array] = {}
+        ways = []
+        for messages in (s.sent, s.sent_back):
+            total = np.zeros_like(s.forward)
+            for (axis, kind), (calls, size) in messages.items():
+                fixed, each = place.routes[axis].parts(kind)
+                seconds = calls * fixed + size * each
+                total = total + seconds
+                all_sent[axis] = all_sent.get(axis, 0.0) + seconds
+            ways.append(total * shown)
+        waits = [
+            np.maximum(0.0, p.call * calls - busy - sent)
+            for calls, busy, sent in zip((s.calls, s.calls_back), (forward, backward), ways, strict=True)
+        ]
+        gather = self._gather(rank, s)
+        gathers = (
+            np.maximum(0.0, gather - p.overlap_gather * forward),
+            np.maximum(0.0, 2 * gather - p.overlap_gather * backward),  # and the sum of gradients takes as long
+        )
+        sent = {axis: seconds * shown for axis, seconds in all_sent.items()}
+        hidden = {axis: seconds * p.overlap_tensor for axis, seconds in all_sent.items()}
+        if self.plan.zero == 3:
+            sent[DATA] = sent.get(DATA, 0.0) + gathers[0] + gathers[1]
+            hidden[DATA] = hidden.get(DATA, 0.0) + 3 * gather - gathers[0] - gathers[1]
+        return Times(
+            forward + ways[0] + waits[0] + gathers[0],
+            backward + ways[1] + waits[1] + gathers[1],
+            forward + backward,
+            waits[0] + waits[1],
+            sent,
+            hidden,
+        )
+
+    def _gather(self, rank: int, s: Stretches) -> Array:
+        """Seconds to gather the weights once, where they are sharded; they travel in the dtype of gradients."""
+        if self.plan.zero < 3 or self.data == 1:
+            return np.zeros_like(s.weights)
+        fixed, each = self.places[rank].routes[DATA].parts("all_gather")
+        return fixed + each * s.weights * self.profile.send_gradient
+
+    def sends(self, rank: int, carried: Array) -> Array:
+        """Seconds to carry so many bytes from a stage of this pipeline rank to the next."""
+        if PIPELINE not in self.places[rank].routes:
+            return np.zeros_like(carried)
+        fixed, each = self.places[rank].routes[PIPELINE].parts("send")
+        return fixed + each * carried
+
+    def reduction(self, rank: int, s: Stretches, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
+        """Seconds of summing a pipeline rank's gradients.
+
+        Returns:
+            over the axes that split the batch what nothing hides, and what backward hides; and over other axes.
+        """
+        p, routes = self.profile, self.places[rank].routes
+        others = {}
+        for axis, entries in s.summed.items():
+            fixed, each = routes[axis].parts("all_reduce")
+            others[axis] = np.where(entries > 0, fixed + each * entries * p.send_gradient, 0.0)
+        if self.data == 1 or self.plan.zero == 3:  # which sums them in each micro-batch, with the gathers
+            return np.zeros_like(s.weights), np.zeros_like(s.weights), others
+        grads = s.weights * p.send_gradient
+        fixed, each = routes[DATA].parts("all_reduce" if self.plan.zero == 0 else "reduce_scatter")
+        time = fixed + each * grads
+        if self.plan.zero in (1, 2):
+            fixed, each = routes[DATA].parts("all_gather")
+            time = time + fixed + each * s.weight_bytes
+        behind = np.minimum(time, p.overlap_data * backward)
+        return time - behind, behind, others
+
+    def update(self, rank: int, s: Stretches) -> Array:
+        """Seconds of the optimizer."""
+        p, device = self.profile, self.places[rank].device
+        moved = s.weights / self._shards(1) * (2 * p.state + p.gradient + 4)
+        return moved / (device.bandwidth.value * device.reached.value)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def memory(self, s: Stretches, flight: float) -> dict[str, Array]:
+        """Bytes of stretches as a rank's stages, by item, with so many micro-batches in flight."""
+        p, plan = self.profile, self.plan
+        gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
+        found = {
+            "parameters": s.weight_bytes / self._shards(3),
+            # Over several micro-batches whole gradients are accumulated, but for ZeRO-3.
+            "gradients": s.weights * p.gradient / self._shards(2 if plan.micro_batches == 1 else 3),
+            "optimizer": s.weights * p.state / self._shards(1),
+            # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
+            "activations": s.kept * flight + s.inside + s.largest,
+            "buffers": p.fixed + gathered,
+        }
+        return {**found, "reserve": p.reserve * sum(found.values())}  # type: ignore[dict-item]
+
+    def _shards(self, from_stage: int) -> int:
+        return self.data if self.plan.zero >= from_stage else 1
+
+    def in_flight(self, rank: int, stages: int) -> float:
+        """Micro-batches whose activations a pipeline rank holds at most, over all its stages."""
+        plan, ranks = self.plan, self.plan.pipeline
+        each = stages // ranks
+        if plan.schedule == "gpipe":
+            return plan.micro_batches * each
+        if each == 1:
+            return min(plan.micro_batches, ranks - rank)
+        ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
+        return min(plan.micro_batches * each, ahead)
+
+    # -- all of it ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _end(self) -> int:
+        return len(self.tables[0].graph.ops)
+
+    def estimate(self, cuts: Sequence[int]) -> Estimate:
+        """The price with stages that begin at these operators, the first at none."""
+        bounds, ranks, micros = [0, *cuts, self._end], self.plan.pipeline, self.plan.micro_batches
+        stages = len(bounds) - 1
+        owners = [stage_rank(i, ranks) for i in range(stages)]
+        each = {id(t): t.between(bounds) for t in {id(t): t for t in self.tables}.values()}
+        own = [each[id(self.tables[r])].pick(i, i + 1) for i, r in enumerate(owners)]
+        times = [self.times(r, s) for r, s in zip(owners, own, strict=True)]
+        forward, backward = [float(t.forward) for t in times], [float(t.backward) for t in times]
+        carried = [self.tables[0].live[cut] for cut in cuts]
+        sends = [float(self.sends(r, size)) for r, size in zip(owners, carried, strict=False)]
+        total = pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends)
+        compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
+        sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
+        bubble = max(total - compute - waits - sum(sent.values()), 0.0) if stages > 1 else 0.0
+        merged = [_sum([s for s, r in zip(own, owners, strict=True) if r == rank]) for rank in range(ranks)]
+        last = [sum(b for b, r in zip(backward, owners, strict=True) if r == rank) for rank in range(ranks)]
+        reductions = [self.reduction(r, s, np.array(last[r])) for r, s in enumerate(merged)]
+        slowest = max(reductions, key=lambda r: float(r[0]) + sum(float(x) for x in r[2].values()))
+        sent[DATA] = sent.get(DATA, 0.0) + float(slowest[0])
+        hidden[DATA] = hidden.get(DATA, 0.0) + float(slowest[1])
+        for axis, more in slowest[2].items():
+            sent[axis] = sent.get(axis, 0.0) + float(more)
+        seconds = {"compute": compute, "overhead": waits}
+        seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
+        seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
+        memory = []
+        for rank, s in enumerate(merged):
+            flight = self.in_flight(rank, stages) / (stages // ranks)
+            memory.append({item: float(size) for item, size in self.memory(s, flight).items()})
+        limits = tuple(place.memory for place in self.places)
+        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits)
+
+
+def _by_axis(stages: Sequence[Mapping[str, Array]], times: float) -> dict[str, float]:
+    """What stages take by axis, summed."""
+    found: dict[str, float] = {}
+    for stage in stages:
+        for axis, seconds in stage.items():
+            found[axis] = found.get(axis, 0.0) + float(seconds) * times
+    return found
+
+
+def _sum(parts: Sequence[Stretches]) -> Stretches:
+    """What the stages of one rank need together; messages are not added."""
+    if len(parts) == 1:
+        return parts[0]
+    plain = {}
+    for name in PLAIN:
+        values = [getattr(s, name) for s in parts]
+        plain[name] = max(values) if name in ("inside", "largest") else sum(values)
+    summed = {axis: sum(s.summed[axis] for s in parts) for axis in parts[0].summed}
+    return Stretches(**plain, summed=summed, sent={}, sent_back={})  # type: ignore[arg-type]

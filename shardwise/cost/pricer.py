@@ -1,0 +1,137 @@
+"""Pricer: prices plans of one graph on any cluster.
+
+Pure: it runs nothing. Sizes, operations and messages come from the captured graph of the very model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+from shardwise.cost.case import Case
+from shardwise.cost.estimate import Estimate
+from shardwise.cost.kernels import Kernels
+from shardwise.cost.place import places
+from shardwise.cost.profile import PROFILES, Profile
+from shardwise.cost.table import Again, Rows, Table, Weights
+from shardwise.cost.work import Work
+from shardwise.errors import PlanError
+from shardwise.graph.blocks import Block, blocks
+from shardwise.graph.fold import Folded, fold
+from shardwise.graph.graph import Graph, Op
+from shardwise.graph.saved import Saved, saved
+from shardwise.machine.cluster import Cluster
+from shardwise.machine.device import Device
+from shardwise.parallel.hybrid import stage_bounds
+from shardwise.parallel.layout import SplitAxis
+from shardwise.plan.plan import PIPELINE, Plan
+
+_T = TypeVar("_T")
+
+
+class Pricer:
+    """Prices plans of one graph.
+
+    Args:
+        graph: the captured model.
+        profile: the framework that runs the plans.
+    """
+
+    def __init__(self, graph: Graph, profile: Profile | None = None) -> None:
+        self.graph = graph
+        self.profile = profile or PROFILES["shardwise"]
+        self._made: dict[tuple[object, ...], Any] = {}
+
+    def price(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False) -> Estimate:
+        """What a plan costs on a cluster.
+
+        Args:
+            plan: how the model is split.
+            cluster: the machines; ranks are placed in the order of its nodes.
+            batch: samples of a step.
+            selective: whether attention is computed again in backward.
+
+        Raises:
+            PlanError: the plan is for another graph, or needs more ranks than the cluster has.
+        """
+        cuts = [low for low, _ in stage_bounds(self.graph, plan)[1:]]
+        return self.case(plan, cluster, batch, selective=selective).estimate(cuts)
+
+    def case(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False) -> Case:
+        """A plan on a cluster but for where its stages begin; arguments as for `price`.
+
+        Raises:
+            PlanError: the plan needs more ranks than the cluster has.
+        """
+        if plan.ranks > cluster.ranks:
+            raise PlanError(
+                f"the plan needs {plan.ranks} ranks, but cluster {cluster.name} has {cluster.ranks}; "
+                "give a larger cluster, or a plan for fewer ranks"
+            )
+        others = [a for a in plan.axes if a.name != PIPELINE and a.dims != ("batch",)]
+        inner = tuple(SplitAxis(a.name, a.size, a.dims) for a in others)
+        data = math.prod(a.size for a in plan.axes if a.dims == ("batch",))
+        samples = max(1, math.ceil(batch / (plan.micro_batches * data)))
+        # With its cluster, so that no other gets the id.
+        mesh = tuple((a.name, a.size, a.dims == ("batch",)) for a in plan.axes)
+        where = self._once(("places", id(cluster), mesh), lambda: (places(plan, cluster), cluster))[0]
+        tables = [self.table(inner, samples, place.device, plan.recompute, selective) for place in where]
+        return Case(plan, self.profile, tables, where, self.copies)
+
+    @cached_property
+    def copies(self) -> int:
+        """How many alike layers the model has."""
+        return max((block.count for block in self.blocks), default=1)
+
+    @cached_property
+    def blocks(self) -> Sequence[Block]:
+        """The graph's operators as blocks."""
+        return blocks(self.graph)
+
+    @cached_property
+    def folded(self) -> Folded:
+        """The graph without what only repeats."""
+        return fold(self.graph, self.blocks)
+
+    @cached_property
+    def saved(self) -> Mapping[Op, Saved]:
+        """What operators keep for backward."""
+        return saved(self.folded.graph)
+
+    def work(self, axes: Sequence[SplitAxis]) -> Work:
+        """What operators do under these axes."""
+        p = self.profile
+
+        def make() -> Work:
+            return Work(self.folded.graph, axes, self.saved, fused=p.fused, prepared=p.prepared)
+
+        return self._once(("work", tuple(axes)), make)
+
+    def table(
+        self, axes: Sequence[SplitAxis], samples: int, device: Device, recompute: Sequence[str], selective: bool = False
+    ) -> Table:
+        """What operators take under these axes for a micro-batch on a device."""
+        p, split = self.profile, tuple(axes)
+
+        def rows() -> Rows:
+            kernels = Kernels(device, flash=p.flash, passes=p.passes)
+            return Rows(self.folded, self.work(split), samples, kernels)
+
+        def make() -> Table:
+            return Table(
+                self._once(("rows", split, samples, device.rates), rows),
+                self._once(("weights", split), lambda: Weights(self.folded, self.work(split), p.weight)),
+                self._once(("again", tuple(recompute)), lambda: Again(self.folded, recompute)),
+                selective=selective,
+            )
+
+        return self._once(("table", split, samples, device.rates, tuple(recompute), selective), make)
+
+    def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
+        """What was made for this key, or is made now."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: _T = self._made[key]
+        return found

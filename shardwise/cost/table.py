@@ -1,0 +1,278 @@
+"""Table: what the operators of a graph take on one rank, summed up, so that a stage is one difference.
+
+A table is for one split of the operators, one size of micro-batch, one device and one choice of recompute. Of many
+bounds at once it gives every stretch between two of them, which is what the search for cuts needs. What several tables
+have in common is reckoned once: `Weights` of a split, `Rows` of a split and a micro-batch, `Again` of recompute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from shardwise.cost.kernels import Kernels
+from shardwise.cost.work import ATTENTION, Message, Work
+from shardwise.graph.fold import Folded
+from shardwise.graph.rules import Value
+from shardwise.parallel.recompute import block_of
+
+Array = npt.NDArray[np.float64]
+Bounds = npt.NDArray[np.int_]
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """What stretches of operators take for one micro-batch: entry [i, j] is that from bound i up to bound j.
+
+    Attributes:
+        forward, backward: seconds of the device.
+        again: seconds of forward that backward does once more.
+        calls, calls_back: operators that the host starts.
+        kept: bytes kept for backward.
+        inside: bytes that the largest recomputed block keeps while it is computed again.
+        largest: bytes of the largest gradient, and of the tensor that it is of.
+        weights: entries of parameters.
+        weight_bytes: bytes of them.
+        summed: for each axis, entries of parameters whose gradients are summed over it.
+        sent, sent_back: for each axis and kind of collective, how many and their bytes.
+    """
+
+    forward: Array
+    backward: Array
+    again: Array
+    calls: Array
+    calls_back: Array
+    kept: Array
+    inside: Array
+    largest: Array
+    weights: Array
+    weight_bytes: Array
+    summed: Mapping[str, Array]
+    sent: Mapping[tuple[str, str], tuple[Array, Array]]
+    sent_back: Mapping[tuple[str, str], tuple[Array, Array]]
+
+    def pick(self, i: int, j: int) -> Stretches:
+        """The one stretch from bound i up to bound j."""
+        return self._with(lambda array: array[i, j])
+
+    def scaled(self, share: float) -> Stretches:
+        """A share of every stretch."""
+        return self._with(lambda array: array * share)
+
+    def _with(self, change: Callable[[Array], Array]) -> Stretches:
+        ways = [{k: (change(c), change(s)) for k, (c, s) in way.items()} for way in (self.sent, self.sent_back)]
+        return Stretches(
+            **{name: change(getattr(self, name)) for name in PLAIN},
+            summed={axis: change(entries) for axis, entries in self.summed.items()},
+            sent=ways[0],
+            sent_back=ways[1],
+        )
+
+
+PLAIN = (
+    "forward", "backward", "again", "calls", "calls_back", "kept", "inside", "largest", "weights", "weight_bytes",
+)  # fmt: skip
+"""The items of a stretch that are one array each."""
+
+
+class Weights:
+    """The parameters of a split.
+
+    Args:
+        folded: the graph without what only repeats.
+        work: what its operators do.
+        each: bytes of a parameter's entry; 0 for its own dtype's.
+    """
+
+    def __init__(self, folded: Folded, work: Work, each: int) -> None:
+        graph = folded.whole
+        self.axes = [axis.name for axis in work.axes if axis.size > 1]
+        first = np.zeros((len(graph.ops) + 1, 2 + len(self.axes)))
+        self._repeated: list[tuple[int, int, Array]] = []
+        for name, uses in folded.uses.items():
+            value = folded.values[graph.params[name]]
+            entries = work.local(value, 1)
+            over = {work.axes[a].name for a in work.layout.grad_axes(value)}
+            size = entries * (each or value.dtype.itemsize)
+            row = np.array([entries, size, *(entries * (axis in over) for axis in self.axes)])
+            first[uses[0] + 1] += row
+            self._repeated += [(before, use, row) for before, use in pairwise(uses)]
+        self._running = np.cumsum(first, axis=0)
+
+    def between(self, at: Bounds) -> tuple[Array, Array, Mapping[str, Array]]:
+        """Entries and bytes of what each stretch reads, each parameter once, and entries to sum over each axis."""
+        found = self._running[at][None, :, :] - self._running[at][:, None, :]
+        for before, use, row in self._repeated:
+            # A stretch that begins between two uses has the second without the first.
+            begins = (at > before) & (at <= use)
+            if begins.any():
+                found += (begins[:, None] & (at > use)[None, :])[:, :, None] * row
+        return found[..., 0], found[..., 1], {axis: found[..., 2 + k] for k, axis in enumerate(self.axes)}
+
+
+class Rows:
+    """What each operator takes for a micro-batch on a device.
+
+    Args:
+        folded: the graph without what only repeats.
+        work: what its operators do.
+        samples: of a micro-batch on this rank.
+        kernels: seconds of an operator.
+    """
+
+    def __init__(self, folded: Folded, work: Work, samples: int, kernels: Kernels) -> None:
+        self.folded = folded
+        tasks = work.tasks(samples)
+        self.forward = self.each([kernels.forward(t) for t in tasks])
+        self.backward = self.each([kernels.backward(t) for t in tasks])
+        self.kept = self.each(work.kept(samples, flash=kernels.flash))
+        self.calls = self.each([t.calls for t in tasks])
+        self.gradients = self.each([min(t.gradients, 2) for t in tasks])
+        self.largest = self.each([2 * work.made(op, samples) for op in work.graph.ops])
+        self.attention = self.each([t.kind == ATTENTION for t in tasks]).astype(bool)
+        self.sent, self.sent_back = (self._spread([getattr(t, way) for t in tasks]) for way in ("forward", "backward"))
+        self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
+        change = np.zeros(len(folded.whole.ops) + 2)
+        begins, ends, numbers = (np.array(column, dtype=int) for column in zip(*folded.lives, strict=True))
+        np.add.at(change, begins + 1, self.bytes[numbers])
+        np.add.at(change, ends + 1, -self.bytes[numbers])
+        self.live = np.cumsum(change)[:-1]
+
+    def each(self, values: Sequence[float]) -> Array:
+        """Values of the folded graph's operators as values of all operators."""
+        return np.array(values, dtype=float)[self.folded.index]
+
+    def _spread(self, messages: Sequence[Sequence[Message]]) -> dict[tuple[str, str], Array]:
+        """For each axis and kind how many messages each operator sends, and their bytes."""
+        found = {(m.axis, m.kind): np.zeros((2, len(messages))) for those in messages for m in those}
+        for i, those in enumerate(messages):
+            for m in those:
+                found[m.axis, m.kind][:, i] += (1, m.size)
+        return {key: rows[:, self.folded.index] for key, rows in found.items()}
+
+
+class Again:
+    """What is computed again in backward.
+
+    Args:
+        folded: the graph without what only repeats.
+        patterns: names of the blocks.
+
+    Attributes:
+        blocks: for each operator its block; empty for none.
+        inside: whether it has one.
+        entering: operators that are the first of their block to need a tensor, and the tensors' numbers.
+    """
+
+    def __init__(self, folded: Folded, patterns: Sequence[str]) -> None:
+        graph = folded.whole
+        of = {module: block_of(module, patterns) for module in {op.module for op in graph.ops}} if patterns else {}
+        self.blocks = [of[op.module] if of else "" for op in graph.ops]
+        self.inside = np.array([bool(b) for b in self.blocks])
+        self.entering: list[tuple[int, int]] = []
+        entered: set[tuple[str, Value]] = set()
+        for op, block in zip(graph.ops, self.blocks, strict=True):
+            for value in op.inputs if block else ():
+                producer = graph.producer.get(value)
+                if producer is None or self.blocks[producer.index] == block or value not in graph.learned:
+                    continue
+                if (block, value) not in entered:
+                    entered.add((block, value))
+                    self.entering.append((op.index, folded.numbers[value]))
+
+
+class Table:
+    """What the operators of a graph take on one rank.
+
+    Args:
+        rows: what each takes.
+        weights: the parameters.
+        again: what is computed again in backward.
+        selective: whether attention is.
+    """
+
+    def __init__(self, rows: Rows, weights: Weights, again: Again, *, selective: bool = False) -> None:
+        self.rows, self.weights, self.graph, self.blocks = rows, weights, rows.folded.whole, again.blocks
+        self.live = rows.live
+        more = again.inside | (rows.attention & selective)
+        self._inside = np.where(again.inside, rows.kept, 0.0)
+        kept = np.where(more, 0.0, rows.kept)
+        for op, number in again.entering:
+            kept[op] += rows.bytes[number]
+        self._sums = {
+            "forward": _running(rows.forward),
+            "backward": _running(rows.backward),
+            "again": _running(rows.forward * more),
+            "calls": _running(rows.calls),
+            "calls_back": _running(rows.calls * (rows.gradients + more)),
+            "kept": _running(kept),
+        }
+        back = dict(rows.sent_back)
+        for key, sent in rows.sent.items() if more.any() else ():
+            # What is computed again is sent again.
+            back[key] = back.get(key, 0.0) + sent * more
+        self._messages = [{k: (_running(r[0]), _running(r[1])) for k, r in way.items()} for way in (rows.sent, back)]
+
+    @property
+    def seconds(self) -> Array:
+        """For each operator, and for the end, the seconds of all operators before it, both ways."""
+        return self._sums["forward"] + self._sums["backward"]
+
+    @cached_property
+    def whole(self) -> Stretches:
+        """All operators as one stretch."""
+        return self.between([0, len(self.graph.ops)]).pick(0, 1)
+
+    def between(self, bounds: Sequence[int]) -> Stretches:
+        """What every stretch between two of these operators takes.
+
+        Args:
+            bounds: indices of operators, growing; the number of operators stands for the end.
+        """
+        at = np.array(bounds)
+
+        def of(running: Array) -> Array:
+            found: Array = running[at][None, :] - running[at][:, None]
+            return found
+
+        ways = [{k: (of(c), of(s)) for k, (c, s) in way.items()} for way in self._messages]
+        entries, sizes, summed = self.weights.between(at)
+        return Stretches(
+            **{name: of(running) for name, running in self._sums.items()},
+            inside=self._most_inside(at),
+            largest=_most(np.array([self.rows.largest[a:b].max(initial=0.0) for a, b in pairwise(at)])),
+            weights=entries,
+            weight_bytes=sizes,
+            summed=summed,
+            sent=ways[0],
+            sent_back=ways[1],
+        )
+
+    def _most_inside(self, at: Bounds) -> Array:
+        if not self._inside.any():
+            return np.zeros((len(at), len(at)))
+        most = []
+        for a, b in pairwise(at):
+            totals: dict[str, float] = {}
+            for i in range(a, b):
+                totals[self.blocks[i]] = totals.get(self.blocks[i], 0.0) + self._inside[i]
+            most.append(max(totals.values(), default=0.0))
+        return _most(np.array(most))
+
+
+def _running(values: Array) -> Array:
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def _most(values: Array) -> Array:
+    """For each pair of bounds the largest of what is between neighbours."""
+    n = len(values) + 1
+    found = np.zeros((n, n))
+    for i in range(n - 1):
+        found[i, i + 1 :] = np.maximum.accumulate(values[i:])
+    return found

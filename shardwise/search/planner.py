@@ -1,0 +1,219 @@
+"""Planner: the best plan of a space, best bound first, and how far from the optimum it can be.
+
+Every shape has a bound that no cuts of it can beat: all of its work spread evenly over its ranks. Shapes are priced in
+the order of their bounds, until no bound that is left beats the best price.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shardwise.cost.case import Case
+from shardwise.cost.estimate import Estimate
+from shardwise.cost.pricer import Pricer
+from shardwise.machine.cluster import Cluster
+from shardwise.plan.plan import Plan
+from shardwise.search.cuts import best_cuts, cut_places
+from shardwise.search.space import Shape, Space
+
+_SHARE = 1e-12
+"""Relative difference of two prices that rounding makes."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A plan and its price."""
+
+    plan: Plan
+    estimate: Estimate
+
+    def value(self, objective: str) -> float:
+        """What an objective asks to be small: seconds, device-seconds or bytes."""
+        if objective == "memory":
+            return self.estimate.peak
+        return self.estimate.step * (self.plan.ranks if objective == "cost" else 1)
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    Attributes:
+        objective: what was looked for.
+        priced: plans that fit and run, the best first; those priced before the best was known to be the best.
+        tight: the plan that came nearest to fitting, where none fits.
+        bound: no plan of the space is better.
+        shapes: how many shapes the space has.
+        small: how many of them have too little memory however they are cut.
+        complete: whether the search came to its end.
+    """
+
+    objective: str
+    priced: list[Priced] = field(default_factory=list)
+    tight: Priced | None = None
+    bound: float = 0.0
+    shapes: int = 0
+    small: int = 0
+    complete: bool = False
+
+    @property
+    def best(self) -> Priced | None:
+        """The best plan; None where none fits."""
+        return self.priced[0] if self.priced else None
+
+    @property
+    def gap(self) -> float:
+        """The part by which the best plan may be worse than the best there is."""
+        best = self.best
+        return math.inf if best is None else max(0.0, 1 - self.bound / best.value(self.objective))
+
+
+class Planner:
+    """Looks for the best plan of a space.
+
+    Args:
+        pricer: prices plans.
+        cluster: where they run.
+        space: what to look at.
+        runs: whether the program of a plan can be made.
+        model: fingerprint of the graph, for plans.
+        precision: of the job.
+    """
+
+    def __init__(
+        self,
+        pricer: Pricer,
+        cluster: Cluster,
+        space: Space,
+        runs: Callable[[Plan], bool],
+        model: str = "",
+        precision: str = "fp32",
+    ) -> None:
+        self.pricer, self.cluster, self.space, self.runs = pricer, cluster, space, runs
+        self._more = {"model": model, "precision": precision}
+        self.ids = [op.id for op in pricer.graph.ops]
+
+    def search(self, tell: Callable[[Found, int], None] | None = None) -> Found:
+        """The best plans of the space.
+
+        Args:
+            tell: called now and then with what is found so far and how many shapes are left.
+
+        An interrupt (Ctrl-C) ends the search with what is found so far.
+        """
+        objective = self.space.options.objective
+        found = Found(objective)
+        queue: list[tuple[float, int, Shape]] = []
+        try:
+            for shape in self.space.shapes():
+                found.shapes += 1
+                bound, fits = self.bound(shape)
+                if not fits:
+                    found.small += 1
+                queue.append((bound if fits else math.inf, found.shapes, shape))
+            queue.sort()
+            found.bound = queue[0][0] if queue else math.inf
+            for place, (bound, _, shape) in enumerate(queue):
+                found.bound = bound if found.best is None else min(bound, found.best.value(objective))
+                if math.isinf(bound) or self._settled(found, bound):
+                    break
+                if tell is not None and place % 16 == 0:
+                    tell(found, len(queue) - place)
+                self._price(shape, found)
+            else:
+                self._settled(found, math.inf)
+                found.bound = found.best.value(objective) if found.best else math.inf
+            if found.best is None:
+                self._nearest(queue, found)
+            found.complete = True
+        except KeyboardInterrupt:
+            pass
+        return found
+
+    def price(self, shape: Shape) -> Priced | None:
+        """A shape with its best cuts; None where it has too few places for them or too little memory."""
+        case = self._case(shape)
+        cuts = best_cuts(case, shape.chunks, self.space.options.memory)
+        if cuts is None:
+            return None
+        return Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))
+
+    def fits(self, priced: Priced) -> bool:
+        """Whether a plan fits the devices and the limit."""
+        limit = self.space.options.memory
+        return priced.estimate.fits and (limit is None or priced.estimate.peak <= limit)
+
+    def bound(self, shape: Shape) -> tuple[float, bool]:
+        """What no cuts of a shape can beat; and whether some may fit."""
+        case = self._case(shape)
+        ranks, micros, objective = shape.pipeline, shape.micros, self.space.options.objective
+        limit = self.space.options.memory or math.inf
+        if ranks == 1:
+            alone = Priced(shape.plan(**self._more), case.estimate([]))
+            return alone.value(objective), self.fits(alone)
+        kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
+        counts = Counter((id(t), id(p)) for t, p in zip(case.tables, case.places, strict=True))
+        speed, through, static, rest = 0.0, math.inf, math.inf, math.inf
+        for kind, rank in kinds.items():
+            s = case.tables[rank].whole
+            times = case.times(rank, s)
+            both = float(times.forward + times.backward)
+            speed += counts[kind] / both
+            through = min(through, both)
+            items = case.memory(s, 1.0)
+            held = sum(float(items[key]) for key in ("parameters", "gradients", "optimizer"))
+            static = min(static, held / ranks * (1 + case.profile.reserve))
+        # Devices that are not alike share a micro-batch by their speed.
+        pace = 1 / speed
+        for rank in kinds.values():
+            # Some rank has a fair share of the weights or more; what takes longer to go backward takes longer a step.
+            share = case.tables[rank].whole.scaled(1 / ranks)
+            behind = np.array(pace if micros > 1 else through)
+            shown, _, others = case.reduction(rank, share, behind)
+            more = max(float(shown), *(float(o) for o in others.values()), 0.0)
+            rest = min(rest, more + float(case.update(rank, share)))
+        fits = static <= min(max(p.memory for p in case.places), limit)
+        if objective == "memory":
+            return static, fits
+        filling = {"zero-bubble": 0.0, "interleaved": (ranks - 1) * pace / shape.chunks}.get(
+            shape.schedule, through - pace
+        )
+        step = micros * pace + max(filling, 0.0) + rest
+        return step * (ranks * shape.data * shape.tensor if objective == "cost" else 1), fits
+
+    def _settled(self, found: Found, bound: float) -> bool:
+        """Whether the best plan beats this bound; a best one whose program cannot be made is dropped."""
+        while found.best is not None and bound >= found.best.value(found.objective) * (1 - _SHARE):
+            if self.runs(found.best.plan):
+                return True
+            found.priced.pop(0)
+        return False
+
+    def _case(self, shape: Shape) -> Case:
+        return self.pricer.case(shape.plan(**self._more), self.cluster, self.space.batch)
+
+    def _price(self, shape: Shape, found: Found) -> None:
+        priced = self.price(shape)
+        if priced is None or not self.fits(priced):
+            found.small += 1
+            return
+        found.priced.append(priced)
+        found.priced.sort(key=lambda p: (p.value(found.objective), p.estimate.step))
+
+    def _nearest(self, queue: list[tuple[float, int, Shape]], found: Found) -> None:
+        """Of shapes that do not fit the one that comes nearest."""
+        for _, _, shape in queue:
+            case = self._case(shape)
+            places = cut_places(case.tables[0])
+            stages = shape.pipeline * shape.chunks
+            if len(places) < stages - 1 or shape.chunks > 1:
+                continue
+            cuts = [places[len(places) * k // stages] for k in range(1, stages)]
+            priced = Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))
+            if found.tight is None or priced.estimate.over < found.tight.estimate.over:
+                found.tight = priced

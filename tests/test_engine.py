@@ -404,7 +404,7 @@ def test_plans_one_after_another_leave_no_threads(pool: Pool) -> None:
 
 
 def fails_then_runs(job: Job, plan: Plan) -> tuple[str, list[float]]:
-    """A step that fails at its first backward, with receives posted and sends under way; then losses of a new engine."""
+    """A step that fails at its first backward, with messages under way; then losses of a new engine."""
 
     def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no backward")

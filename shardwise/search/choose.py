@@ -54,7 +54,7 @@ def search(
         maker: of the job.
         cluster: where it is to run.
         options: what to look for.
-        tell: called now and then with what is found so far and how many shapes are left.
+        tell: called before each shape is priced, with what is found so far and how many shapes are left.
     """
     return planner_of(maker, cluster, cluster.ranks, options or Options()).search(tell)
 

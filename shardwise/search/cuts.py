@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,10 @@ _PLACES = 192
 """Of how many places to cut at most one is found to be best."""
 _PACES = 24
 """How many slower paces than the best are tried for a shorter way through all stages."""
+_CEILINGS = 24
+"""How many times cuts are looked for whose gradients and updates take less than those before."""
+_SCORED = 4
+"""How many of the cuts found are priced in full."""
 
 
 def cut_places(table: Table, most: int = _PLACES) -> list[int]:
@@ -45,52 +50,49 @@ def cut_places(table: Table, most: int = _PLACES) -> list[int]:
     return sorted(best.values())
 
 
-def best_cuts(case: Case, chunks: int, limit: float | None = None) -> list[int] | None:
+def best_cuts(case: Case, chunks: int, limit: float | None = None, *, objective: str = "time") -> list[int] | None:
     """The operators at which stages begin, the first at none; None where no cuts leave every rank enough memory.
 
     Args:
         case: the plan but for its cuts.
         chunks: stages of each rank.
         limit: bytes that a rank may use, where it is less than it has; infinite for cuts that need not fit.
+        objective: "time" of a step, or "memory" of the fullest rank.
     """
-    ranks = case.plan.pipeline
-    stages = ranks * chunks
+    stages = case.plan.pipeline * chunks
     if stages == 1:
         return []
     places = cut_places(case.tables[0])
     if len(places) < stages - 1:
         return None
     bounds = [0, *places, len(case.tables[0].graph.ops)]
-    both = _stage_times(case, bounds, chunks, limit)
-    micros = case.plan.micro_batches
-    pace = _slowest(both)
-    if not np.isfinite(pace):
-        return None
-    best_value, best_found = np.inf, None
-    shortest = _through(both, np.inf)[0]
-    # A slower pace pays where the way through all stages gets so much shorter.
-    for _ in range(_PACES):
-        if shortest + (micros - 1) * pace >= best_value:
-            break
-        length, found = _through(both, pace)
-        slowest = max(both[s][i, j] for s, (i, j) in enumerate(pairwise(found)))
-        value = length + (micros - 1) * slowest
-        if value < best_value:
-            best_value, best_found = value, found
-        above = [b[np.isfinite(b) & (b > pace)] for b in {id(b): b for b in both}.values()]
-        pace = min((float(a.min()) for a in above if a.size), default=np.inf)
-    assert best_found is not None
-    return [bounds[i] for i in best_found[1:-1]]
+    grid = _grid(case, bounds, chunks, limit)
+    if objective == "memory":
+        found = [_through(grid.used, _slowest(grid.used))[1]] if np.isfinite(_slowest(grid.used)) else []
+    else:
+        found = _candidates(grid, case.plan.micro_batches)
+    cuts = [[bounds[i] for i in path[1:-1]] for path in found]
+    if len(cuts) < 2:
+        return cuts[0] if cuts else None
+    return min(cuts, key=lambda c: case.estimate(c).step)
 
 
-def _stage_times(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -> list[Array]:
-    """For each stage the seconds of every stretch for one micro-batch; infinite where it has too little memory."""
+class _Grid(NamedTuple):
+    """For each stage, of every stretch: seconds of a micro-batch, seconds behind the last one, bytes."""
+
+    times: list[Array]
+    tails: list[Array]
+    used: list[Array]
+
+
+def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -> _Grid:
+    """What every stretch takes as each stage; infinite where it has too little memory."""
     ranks, n = case.plan.pipeline, len(bounds)
-    stretches = {id(t): t.between(bounds) for t in case.tables}
+    stretches = {id(t): t.between(bounds) for t in {id(t): t for t in case.tables}.values()}
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
     live = np.array([case.tables[0].live[b] for b in bounds])
-    base: dict[tuple[int, int], Array] = {}
-    found = []
+    base: dict[tuple[int, int], tuple[Array, Array]] = {}
+    grid = _Grid([], [], [])
     for stage in range(ranks * chunks):
         rank = stage % ranks
         key = (id(case.tables[rank]), id(case.places[rank]))
@@ -99,14 +101,60 @@ def _stage_times(case: Case, bounds: Sequence[int], chunks: int, limit: float | 
             times = case.times(rank, s)
             sends = 2 * case.sends(rank, live)
             sends[-1] = 0.0  # nothing is carried out of the last
-            base[key] = np.where(upper, times.forward + times.backward + sends[None, :], np.inf)
+            shown, _, others = case.reduction(rank, s, times.backward)
+            base[key] = times.forward + times.backward + sends[None, :], sum(others.values(), shown)
+            base[key] = base[key][0], base[key][1] + case.update(rank, s)
         flight = case.in_flight(rank, ranks * chunks) / chunks
         used = sum(case.memory(s, flight).values())
         fixed = case.profile.fixed * (1 + case.profile.reserve)
         room = np.inf if limit == np.inf else min(case.places[rank].memory, limit or np.inf)
         # Each of several stages on a rank may use its share.
-        found.append(np.where(used <= (room - fixed) / chunks + fixed, base[key], np.inf))
-    return found
+        fits = upper & (used <= (room - fixed) / chunks + fixed)
+        for found, values in zip(grid, (*base[key], used), strict=True):
+            found.append(np.where(fits, values, np.inf))
+    return grid
+
+
+def _candidates(grid: _Grid, micros: int) -> list[list[int]]:
+    """Cuts of which one is best: for lower and lower ceilings of what comes last the best pace and way."""
+    found: dict[tuple[int, ...], float] = {}
+    least, ceiling = _slowest(grid.tails), np.inf
+    for _ in range(_CEILINGS):
+        under = [np.where(tail < ceiling, time, np.inf) for time, tail in zip(grid.times, grid.tails, strict=True)]
+        path, value = _best_path(under, micros)
+        if path is None or (found and value + least >= min(found.values())):
+            break
+        ceiling = max(tail[i, j] for tail, (i, j) in zip(grid.tails, pairwise(path), strict=True))
+        found[tuple(path)] = value + ceiling
+    return [list(path) for path in sorted(found, key=lambda path: found[path])[:_SCORED]]
+
+
+def _best_path(times: Sequence[Array], micros: int) -> tuple[list[int] | None, float]:
+    """The bounds of stages whose way through and pace together are least, and their seconds."""
+    quickest = _slowest(times)
+    if not np.isfinite(quickest):
+        return None, np.inf
+
+    def try_(pace: float) -> tuple[float, float, list[int]]:
+        length, path = _through(times, pace)
+        slowest = max(float(time[i, j]) for time, (i, j) in zip(times, pairwise(path), strict=True))
+        return length, slowest, path
+
+    length, _, best = try_(quickest)
+    value = length + (micros - 1) * quickest
+    # A slower pace pays where the way through all stages gets so much shorter: from the slowest that may, downwards.
+    shortest = _through(times, np.inf)[0]
+    pace = (value - shortest) / (micros - 1) if micros > 1 else np.inf
+    for _ in range(_PACES):
+        if pace <= quickest:
+            break
+        length, slowest, path = try_(pace)
+        if length + (micros - 1) * slowest < value:
+            value, best = length + (micros - 1) * slowest, path
+        if length + (micros - 1) * quickest >= value:
+            break
+        pace = float(np.nextafter(slowest, 0.0))
+    return best, value
 
 
 def _slowest(both: Sequence[Array]) -> float:

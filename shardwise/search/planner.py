@@ -102,7 +102,7 @@ class Planner:
         """The best plans of the space.
 
         Args:
-            tell: called now and then with what is found so far and how many shapes are left.
+            tell: called before each shape is priced, with what is found so far and how many shapes are left.
 
         An interrupt (Ctrl-C) ends the search with what is found so far.
         """
@@ -122,7 +122,7 @@ class Planner:
                 found.bound = bound if found.best is None else min(bound, found.best.value(objective))
                 if math.isinf(bound) or self._settled(found, bound):
                     break
-                if tell is not None and place % 16 == 0:
+                if tell is not None:
                     tell(found, len(queue) - place)
                 self._price(shape, found)
             else:
@@ -138,7 +138,8 @@ class Planner:
     def price(self, shape: Shape) -> Priced | None:
         """A shape with its best cuts; None where it has too few places for them or too little memory."""
         case = self._case(shape)
-        cuts = best_cuts(case, shape.chunks, self.space.options.memory)
+        options = self.space.options
+        cuts = best_cuts(case, shape.chunks, options.memory, objective=options.objective)
         if cuts is None:
             return None
         return Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))

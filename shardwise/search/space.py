@@ -147,9 +147,9 @@ class Space:
                 yield micros
 
     def schedules(self, pipeline: int, micros: int) -> Iterator[tuple[str, int]]:
-        """Schedules, and how many stages each rank has."""
+        """Schedules, and how many stages each rank has; where memory counts, the one that keeps least."""
         yield "1f1b", 1
-        if pipeline == 1 or micros < 2:
+        if pipeline == 1 or micros < 2 or self.options.objective == "memory":
             return
         if micros % pipeline == 0:
             for chunks in _CHUNKS:

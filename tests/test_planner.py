@@ -1,0 +1,174 @@
+"""The planner: its pick is the one that trying everything picks, and it says how far it looked."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from shardwise.cost.pricer import Pricer
+from shardwise.errors import PlanError
+from shardwise.graph.blocks import blocks
+from shardwise.graph.fold import fold
+from shardwise.graph.graph import Graph
+from shardwise.job import Job
+from shardwise.machine.cluster import Cluster, Node
+from shardwise.machine.device import device, network
+from shardwise.machine.quantity import Quantity
+from shardwise.plan.plan import Plan
+from shardwise.search.choose import planner_of, search
+from shardwise.search.cuts import cut_places
+from shardwise.search.planner import Found, Planner, Priced
+from shardwise.search.space import Options
+from shardwise.search.strategies import Maker
+from tests.zoo import ZOO
+
+
+def perceptron(widths: Sequence[int], batch: int) -> Job:
+    def model() -> nn.Module:
+        layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*layers[:-1])
+
+    return Job(
+        model=model,
+        data=TensorDataset(torch.zeros(512, widths[0]), torch.zeros(512, widths[-1])),
+        loss=lambda output, batch: (output - batch[1]).square().mean(),
+        optimizer=torch.optim.AdamW,
+        global_batch=batch,
+    )
+
+
+@cache
+def graph_of(widths: tuple[int, ...]) -> Graph:
+    return Graph.of(perceptron(widths, 8))
+
+
+def planner(widths: tuple[int, ...], batch: int, cluster: Cluster, options: Options) -> Planner:
+    return planner_of(Maker(perceptron(widths, batch), graph_of(widths), cluster), cluster, cluster.ranks, options)
+
+
+def everything(planner: Planner) -> float | None:
+    """The best value of every shape of a space with every choice of cuts; None where nothing fits."""
+    best = None
+    for shape in planner.space.shapes():
+        case = planner._case(shape)
+        bound, _ = planner.bound(shape)
+        places = cut_places(case.tables[0])
+        for cuts in itertools.combinations(places, shape.pipeline * shape.chunks - 1):
+            priced = Priced(shape.plan([planner.ids[i] for i in cuts]), case.estimate(cuts))
+            if planner.fits(priced):
+                value = priced.value(planner.space.options.objective)
+                assert bound <= value * (1 + 1e-9), "no cuts beat a shape's bound"
+                best = value if best is None else min(best, value)
+    return best
+
+
+WIDTHS = st.lists(st.sampled_from([64, 256, 2048]), min_size=3, max_size=3).map(tuple)
+CLUSTERS = st.sampled_from(["2xh100-sxm", "2x1xh100-sxm", "4x1xa100-80gb+ethernet-1", "2x2xh100-sxm", "4xcpu-core"])
+SPLITS = st.sampled_from([{}, {"data": 1}, {"data": 1, "tensor": 1}])
+OPTIONS = st.tuples(st.sampled_from(["time", "time", "memory"]), st.sampled_from([None, 0.9, 0.6]), SPLITS)
+
+
+@settings(max_examples=40)
+@given(WIDTHS, st.sampled_from([8, 64]), CLUSTERS, OPTIONS)
+def test_the_pick_is_the_best_of_everything(
+    widths: tuple[int, ...], batch: int, name: str, wanted: tuple[str, float | None, dict[str, int]]
+) -> None:
+    cluster = Cluster.load(name)
+    objective, share, fixed = wanted
+    whole = Pricer(graph_of(widths)).price(Plan(), cluster, batch).peak
+    options = Options(objective, None if share is None else share * whole, fixed)
+    made = planner(widths, batch, cluster, options)
+    found, best = made.search(), everything(made)
+    if best is None:
+        assert found.best is None and found.tight is not None and not made.fits(found.tight)
+        return
+    assert found.best is not None and found.complete
+    assert found.best.value(objective) == pytest.approx(best, rel=1e-9)
+    assert found.bound <= best * (1 + 1e-9) and found.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_an_interrupt_gives_the_best_so_far_and_its_gap() -> None:
+    made = planner((64, 2048, 256, 64), 64, Cluster.load("4xh100-sxm"), Options(fixed={"data": 1, "tensor": 1}))
+
+    def tell(found: Found, left: int) -> None:
+        if found.best is not None:
+            raise KeyboardInterrupt
+
+    found = made.search(tell)
+    assert found.best is not None and not found.complete
+    assert found.bound <= made.search().priced[0].value("time") <= found.best.value("time")
+
+
+def test_faster_devices_get_more_of_the_model() -> None:
+    fast, slow = device("h100-sxm"), device("p40")
+    nodes = tuple(Node(1, d, network("ib-ndr")) for d in (slow, fast))
+    cluster = Cluster("unlike", nodes)
+    widths = (2048,) * 9
+    made = planner(widths, 512, cluster, Options(fixed={"pipeline": 2}))
+    best = made.search().best
+    assert best is not None
+    low = graph_of(widths).ops[[op.id for op in graph_of(widths).ops].index(best.plan.cuts[0])].index
+    work = [
+        sum(op.context.work.at(1) for op in part) for part in (made.pricer.graph.ops[:low], made.pricer.graph.ops[low:])
+    ]
+    assert work[1] > 3 * work[0], "an H100 computes many times as fast as a P40"
+
+
+def test_too_little_memory_says_how_much_is_missing() -> None:
+    small = replace(device("h100-sxm"), memory=Quantity(1e6, "a test"))
+    cluster = Cluster("tiny", (Node(2, small, network("ib-ndr")),))
+    found = planner((2048, 2048, 64), 8, cluster, Options()).search()
+    assert found.best is None and found.tight is not None
+    assert 0 < found.tight.estimate.over < found.tight.estimate.peak
+
+
+@pytest.mark.parametrize(
+    ("given_", "said"),
+    [({"objective": "speed"}, "time, cost, memory, but is 'speed'"), ({"memory": 0}, "above 0 bytes"),
+     ({"fixed": {"rows": 2}}, "axis 'rows' cannot be fixed at 2")],
+)  # fmt: skip
+def test_bad_options_are_one_clear_message(given_: dict[str, object], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        Options(**given_)  # type: ignore[arg-type]
+
+
+# --- folding ----------------------------------------------------------------------------------------------------------
+
+
+def layered(count: int) -> Graph:
+    return Graph.of(perceptron((64,) * (count + 1), 8))
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("mamba", marks=pytest.mark.prove)])
+def test_a_folded_graph_is_priced_as_the_whole(name: str) -> None:
+    job = ZOO[name]()
+    graph = Graph.of(job)
+    folded, whole = Pricer(graph), Pricer(graph)
+    whole.folded = fold(graph, ())
+    cluster = Cluster.load("8xh100-sxm")
+    best = search(Maker(job, graph, cluster), cluster).best
+    assert best is not None
+    for plan in (Plan(), best.plan, Plan(recompute=("*.layers.*",))):
+        one, other = folded.price(plan, cluster, 8), whole.price(plan, cluster, 8)
+        assert one.seconds == pytest.approx(other.seconds) and one.memory == pytest.approx(other.memory)
+
+
+def test_middle_copies_are_left_out_and_stood_for() -> None:
+    graph = layered(12)
+    folded = fold(graph, blocks(graph))
+    assert len(folded.graph.ops) < len(graph.ops) / 2 and len(folded.index) == len(graph.ops)
+    for op, place in zip(graph.ops, folded.index, strict=True):
+        other = folded.graph.ops[place]
+        assert (op.name, [v.sizes for v in op.outputs]) == (other.name, [v.sizes for v in other.outputs])
+    assert sum(v.numel().at(1) for v in folded.graph.params.values()) < sum(
+        v.numel().at(1) for v in graph.params.values()
+    )

@@ -24,7 +24,7 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 def main() -> None:
     whole = job()
     with joined() as place:  # the process group: torchrun's, or this process alone
-        engine = sw.parallelize(whole, sw.plan(whole, ranks=place.world))
+        engine = sw.parallelize(whole, sw.plan(whole, place.world))
         # The loader gives global batches, the same on every rank; `feed` takes this rank's share of each.
         order = torch.Generator().manual_seed(whole.seed)
         loader = DataLoader(whole.data, batch_size=whole.global_batch, shuffle=True, drop_last=True, generator=order)

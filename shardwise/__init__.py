@@ -1,7 +1,7 @@
 """Shardwise: the split of a PyTorch model and its data over machines, found, run and proved.
 
     import shardwise as sw
-    plan = sw.plan(job, ranks=2)
+    plan = sw.plan(job, 2)
     result = sw.train(job, plan, steps=200)
     print(sw.report(plan, result))
 
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from shardwise.graph.graph import Graph
     from shardwise.graph.rules import rule
     from shardwise.job import Job, load_spec
+    from shardwise.machine.cluster import Cluster
     from shardwise.measure.verify import verify
     from shardwise.plan.plan import Plan, PlanAxis
     from shardwise.search.strategies import strategies
 
 _HOMES = {
+    "Cluster": "shardwise.machine.cluster",
     "Engine": "shardwise.engine.base",
     "Graph": "shardwise.graph.graph",
     "Job": "shardwise.job",
@@ -50,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Cluster",
     "Engine",
     "Graph",
     "Job",
@@ -82,15 +85,31 @@ def capture(job: Job) -> Graph:
     return Graph.of(job)
 
 
-def plan(job: Job, ranks: int) -> Plan:
-    """The plan for `ranks` ranks that the planner likes best.
+def plan(
+    job: Job,
+    cluster: Cluster | str | int,
+    *,
+    objective: str = "time",
+    memory: float | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> Plan:
+    """The best plan for a job; `plan.explain()` says why.
+
+    Args:
+        job: what to split; its weights are never allocated.
+        cluster: a Cluster, the name or file of one, or a number of ranks of this machine.
+        objective: what is to be least: "time" of a step, "cost" in device-seconds, or "memory" of the fullest rank.
+        memory: bytes that a rank may use, where it is less than its device has.
+        fixed: sizes of axes ("pipeline", "data", "tensor") that are given; 1 forbids an axis.
 
     Raises:
-        PlanError: no plan fits.
+        PlanError: no plan fits; the message has by how much, and what would help.
+        MachineError: there is no such cluster.
     """
-    from shardwise.search.choose import choose
+    from shardwise.report.planned import why
+    from shardwise.search.space import Options
 
-    return choose(job, ranks)[0].plan
+    return why(job, cluster, Options(objective, memory, fixed or {}))[0]
 
 
 def report(plan: Plan, result: Result, predicted: Mapping[str, float] | None = None) -> str:

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -109,6 +110,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "choose how to split a job, and say why")
     _ranks_option(plan)
     _batch_option(plan)
+    text = "machines: a name such as 16x8xh100-sxm, or a .toml file (this machine)"
+    plan.add_argument("--cluster", metavar="C", help=text)
+    plan.add_argument(
+        "--objective", choices=("time", "cost", "memory"), default="time", help="what is to be least (time)"
+    )
+    plan.add_argument("--memory", type=_gigabytes, metavar="GB", help="a rank may use so much, if less than it has")
+    text = "an axis (pipeline, data or tensor) of a given size; 1 forbids it; may be repeated"
+    plan.add_argument("--fix", type=_axis, action="append", default=[], metavar="AXIS=N", help=text)
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, which `train --plan` reads")
 
     verify = command("verify", _verify, "prove that every strategy computes what one device computes")
@@ -134,6 +143,23 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text!r}")
     return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of gigabytes above 0, but is {text!r}")
+    return found * 1e9
+
+
+def _axis(text: str) -> tuple[str, int]:
+    name, equals, number = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be AXIS=N, such as tensor=1, but is {text!r}")
+    return name, _positive(number)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -186,24 +212,48 @@ def _train(arguments: argparse.Namespace) -> Answer:
 
 
 def _plan(arguments: argparse.Namespace) -> Answer:
-    from shardwise.report.terminal import duration, table
+    from shardwise.report.planned import to_dict, why
+    from shardwise.search.space import Options
 
     job = _job(arguments)
-    chosen = _choose(job, _ranks(arguments))
-    print(f"{chosen.plan.text()}\n{chosen.why}")
-    if chosen.ranked:
-        rows = [["", "strategy", "plan", "estimated a step", "what is split"]]
-        for place, found in enumerate(chosen.ranked, 1):
-            rows.append([str(place), found.strategy, found.plan.title(), duration(found.seconds), found.reason])
-        print("\n" + table(rows, left=5))
-    for refused in chosen.refused:
-        print(f"\n{refused.strategy} does not apply: {refused.reason}")
+    if arguments.cluster is not None and arguments.ranks is not None:
+        raise UserError("--cluster says how many ranks there are, so that --ranks cannot; leave out one of them")
+    _check_data(job)
+    options = Options(arguments.objective, arguments.memory, dict(arguments.fix))
+    with _progress() as tell:
+        plan, explanation = why(job, arguments.cluster or _ranks(arguments), options, tell)
+    print(f"{plan.text()}\n{plan.explain()}")
     if arguments.out is not None:
-        _write(arguments.out, chosen.plan.text())
+        _write(arguments.out, plan.text())
         print(f"\nwritten to {arguments.out}")
-    found = {"plan": json.loads(chosen.plan.to_json()), "text": chosen.plan.text(), "why": chosen.why}
-    refusals = [{"strategy": each.strategy, "reason": each.reason} for each in chosen.refused]
-    return {**found, "ranked": [_ranked_dict(each) for each in chosen.ranked], "refused": refusals}, 0
+    told = to_dict(explanation) if explanation is not None else None
+    return {"plan": json.loads(plan.to_json()), "text": plan.text(), "why": plan.explain(), "explanation": told}, 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """What a search is told to call: one line on a terminal, wiped out at the end; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from shardwise.report.terminal import duration
+
+    told, began = 0.0, time.monotonic()
+
+    def tell(found: Any, left: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < 0.1:
+            return
+        told = now
+        best = f", best {duration(found.best.estimate.step)} a step; Ctrl-C takes it" if found.best is not None else ""
+        seen = f"{found.shapes - left:,} of {found.shapes:,} shapes looked at in {now - began:.0f} s"
+        print(f"\r\033[K{seen}{best}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _verify(arguments: argparse.Namespace) -> Answer:
@@ -244,13 +294,11 @@ def _env(arguments: argparse.Namespace) -> Answer:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A plan, why it is the one, the seconds of its terms, what it was ranked against, and what does not apply."""
+    """A plan, why it is the one, and the seconds of its terms."""
 
     plan: Plan
     why: str = ""
     terms: dict[str, float] | None = None
-    ranked: tuple[Any, ...] = ()
-    refused: tuple[Any, ...] = ()
 
 
 def _job(arguments: argparse.Namespace) -> Job:
@@ -275,12 +323,16 @@ def _ranks(arguments: argparse.Namespace) -> int:
 
 
 def _choose(job: Job, ranks: int) -> _Choice:
-    from shardwise.search.choose import compared
+    from shardwise.search.choose import choose
 
+    _check_data(job)
+    best = choose(job, ranks)[0]
+    return _Choice(best.plan, best.reason, dict(best.terms))
+
+
+def _check_data(job: Job) -> None:
     if job.samples() == 0:
         raise JobError("the dataset is empty; give it at least global_batch samples")
-    ranked, refused = compared(job, ranks)
-    return _Choice(ranked[0].plan, ranked[0].reason, dict(ranked[0].terms), tuple(ranked), tuple(refused))
 
 
 def _read_plan(path: Path) -> Plan:
@@ -307,13 +359,6 @@ def _write(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}; give another path") from error
-
-
-def _ranked_dict(found: Any) -> dict[str, object]:
-    plan = json.loads(found.plan.to_json())
-    terms = dict(found.terms)
-    seconds = found.seconds if math.isfinite(found.seconds) else None
-    return {"strategy": found.strategy, "plan": plan, "seconds": seconds, "reason": found.reason, "terms": terms}
 
 
 def _row_dict(row: Any) -> dict[str, Any]:

@@ -130,8 +130,42 @@ def test_plan_is_written_and_read_back(spec: Path, tmp_path: Path, capsys: pytes
     assert main(["plan", f"{spec}:fine", "--ranks", "2", "--out", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert Plan.parse(out.read_text()) == Plan.parse(found["text"]) == Plan.parse(json.dumps(found["plan"]))
-    assert {r["strategy"] for r in found["ranked"]} >= {"data", "sharded"}
+    told = found["explanation"]
+    assert Plan.parse(told["best"]["plan"]) == Plan.parse(found["text"]) and told["best"]["fits"]
+    assert all(other["seconds"] >= told["best"]["seconds"] for other in told["others"])
+    assert [known["name"].split(",")[0] for known in told["known"]] == [
+        "data parallel", "sharded data parallel (ZeRO-3", "tensor 2"
+    ]  # fmt: skip
     assert not list(out.parent.glob(".*")), "nothing is left beside it"
+
+
+def test_plan_for_machines_that_are_not_here(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{spec}:fine", "--cluster", "2x2xh100-sxm", "--fix", "pipeline=2"]) == 0
+    said = capsys.readouterr().out
+    assert Plan.parse(said.partition("\n\n")[0]).pipeline == 2
+    for part in ("fine on 2x2xh100-sxm (4 devices)", "limited by", "another plan", "data parallel", "twice the memory"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cluster", "2x8xh100"], "no device is called 'h100'; did you mean h100-sxm?"),
+        (["--cluster", "nowhere.toml"], "the machine file nowhere.toml cannot be read"),
+        (["--cluster", "2xt4", "--ranks", "2"], "leave out one of them"),
+        (["--memory", "-1"], "must be a number of gigabytes above 0, but is '-1'"),
+        (["--fix", "tensor"], "must be AXIS=N, such as tensor=1, but is 'tensor'"),
+        (["--fix", "rows=2"], "axis 'rows' cannot be fixed at 2; axes are pipeline, data, tensor"),
+        (["--cluster", "2xt4", "--memory", "1e-6"], "more than the limit of 1.00 kB; "),
+        (["--cluster", "3xt4", "--fix", "data=3"], "nothing splits fine on 3xt4 (3 devices) with 8 samples"),
+    ],
+)
+def test_plans_that_cannot_be_made(
+    spec: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", f"{spec}:fine", *options]) == 2
+    told = capsys.readouterr()
+    assert message in told.err and told.err.count("\n") == 1 and not told.out
 
 
 def test_plan_that_cannot_be_written(spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

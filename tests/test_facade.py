@@ -11,8 +11,8 @@ import pytest
 import shardwise
 
 NAMES = {
-    "Engine", "Graph", "Job", "Plan", "PlanAxis", "Result", "RunError", "ShardwiseError", "UserError", "capture",
-    "load_spec", "parallelize", "plan", "report", "rule", "strategies", "train", "verify",
+    "Cluster", "Engine", "Graph", "Job", "Plan", "PlanAxis", "Result", "RunError", "ShardwiseError", "UserError",
+    "capture", "load_spec", "parallelize", "plan", "report", "rule", "strategies", "train", "verify",
 }  # fmt: skip
 
 

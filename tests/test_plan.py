@@ -174,7 +174,8 @@ def test_a_plan_is_a_value() -> None:
     plan = Plan((DATA,), zero=1)
     assert hash(plan) == hash(Plan.parse(plan.text()))
     assert plan.with_(zero=2) != plan and plan.zero == 1
-    assert plan == plan.with_(name="mine"), "a name says what a plan is called, not what it is"
+    assert plan == plan.with_(why="mine"), "why a plan was chosen is not what it is"
+    assert "why" not in json.loads(plan.with_(why="mine").to_json())
     with pytest.raises(AttributeError):
         plan.zero = 3  # type: ignore[misc]
     assert json.loads(plan.to_json())["axes"] == [{"name": "data", "size": 2, "dims": ["batch"]}]

@@ -156,6 +156,25 @@ class Cluster:
                 changed[id(node)] = Node(node.devices, kind, faster(node.network) if between else node.network)
         return Cluster(self.name, tuple(changed[id(node)] for node in self.nodes))
 
+    def with_memory(self, times: float) -> Cluster:
+        """The same machines with so many times the memory."""
+
+        def larger(node: Node) -> Node:
+            memory = Quantity(node.device.memory.value * times, node.device.memory.source)
+            return replace(node, device=replace(node.device, memory=memory))
+
+        changed = {id(node): larger(node) for node in {id(node): node for node in self.nodes}.values()}
+        return Cluster(self.name, tuple(changed[id(node)] for node in self.nodes))
+
+    def first(self, ranks: int) -> Cluster:
+        """The first so many devices."""
+        nodes, left = [], ranks
+        for node in self.nodes:
+            if left:
+                nodes.append(node if node.devices <= left else replace(node, devices=left))
+                left -= nodes[-1].devices
+        return Cluster(f"{ranks} of {self.name}", tuple(nodes))
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     @cached_property

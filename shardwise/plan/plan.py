@@ -47,6 +47,7 @@ class Plan:
         batch_norm: "exact" statistics are of the global batch; "per-micro-batch" ones are not.
         bucket_bytes: gradients are reduced in buckets of about this size.
         model: fingerprint of the captured graph that the plan is for; empty for any.
+        why: what the planner says of it; empty for one that was written by hand or read.
     """
 
     axes: tuple[PlanAxis, ...] = ()
@@ -60,7 +61,7 @@ class Plan:
     batch_norm: str = "exact"
     bucket_bytes: int = 25_000_000
     model: str = ""
-    name: str = field(default="", compare=False)
+    why: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self._one_of("schedule", SCHEDULES)
@@ -129,6 +130,10 @@ class Plan:
         """Names of the axes that split the batch and nothing else."""
         return tuple(axis.name for axis in self.axes if axis.dims == ("batch",) and axis.size > 1)
 
+    def explain(self) -> str:
+        """Why the planner chose this plan: its price, what it was chosen from, and what would change the choice."""
+        return self.why or f"{self.title()}: this plan was not made by the planner, so nothing is known of its price"
+
     def title(self) -> str:
         """A few words: the axes and their sizes, ZeRO stage and micro-batches."""
         parts = [f"{axis.name} {axis.size}" for axis in self.axes if axis.size > 1]
@@ -183,7 +188,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps({key: value for key, value in asdict(self).items() if key != "why"}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -196,7 +201,7 @@ class Plan:
             data: Mapping[str, Any] = json.loads(text)
         except json.JSONDecodeError as error:
             raise PlanError(f"the plan is not JSON: {error}") from error
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls)} - {"why"}
         if not isinstance(data, dict) or set(data) - known:
             strange = ", ".join(sorted(set(data) - known)) if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"a plan has no {strange}; it has {', '.join(sorted(known))}")

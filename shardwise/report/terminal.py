@@ -110,13 +110,22 @@ def _three(value: float) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Rows as aligned text, the first being the heads, with a rule below it; all but `left` columns to the right."""
+def table(rows: Sequence[Sequence[str]], *, left: int = 1, last: bool = False) -> str:
+    """Rows as aligned text, the first being the heads, with a rule below it.
+
+    Args:
+        rows: of cells.
+        left: how many columns are aligned to the left.
+        last: whether the last one is too.
+    """
+    columns = range(len(rows[0]))
+    at_left = {i for i in columns if i < left or (last and i == columns[-1])}
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
         padded = [
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i in at_left else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         return "  ".join(padded).rstrip()
 

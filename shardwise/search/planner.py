@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,8 @@ from shardwise.search.space import Shape, Space
 
 _SHARE = 1e-12
 """Relative difference of two prices that rounding makes."""
+_OTHERS, _LONGEST = 10, 60
+"""How many plans that are split differently are wanted beside the best, and how many shapes are priced for them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ class Found:
     def best(self) -> Priced | None:
         """The best plan; None where none fits."""
         return self.priced[0] if self.priced else None
+
+    @property
+    def different(self) -> list[Priced]:
+        """The best plan of each mesh, with weights sharded or not, and with recompute or not; the best first."""
+        found: dict[object, Priced] = {}
+        for priced in self.priced:
+            plan = priced.plan
+            key = tuple((axis.name, axis.size) for axis in plan.axes), plan.zero == 3, bool(plan.recompute)
+            found.setdefault(key, priced)
+        return list(found.values())
 
     @property
     def gap(self) -> float:
@@ -131,6 +143,7 @@ class Planner:
             if found.best is None:
                 self._nearest(queue, found)
             found.complete = True
+            self._others(queue[place:] if queue else [], found)
         except KeyboardInterrupt:
             pass
         return found
@@ -205,6 +218,13 @@ class Planner:
             return
         found.priced.append(priced)
         found.priced.sort(key=lambda p: (p.value(found.objective), p.estimate.step))
+
+    def _others(self, queue: Sequence[tuple[float, int, Shape]], found: Found) -> None:
+        """Price some shapes more, so that there is something to compare the best plan with."""
+        for bound, _, shape in queue[:_LONGEST]:
+            if found.best is None or math.isinf(bound) or len(found.different) > _OTHERS:
+                return
+            self._price(shape, found)
 
     def _nearest(self, queue: list[tuple[float, int, Shape]], found: Found) -> None:
         """Of shapes that do not fit the one that comes nearest."""

@@ -116,6 +116,8 @@ class Space:
                             for recompute in self.recompute:
                                 if schedule == "zero-bubble" and (zero == 3 or recompute):
                                     continue
+                                if zero == 2 and micros > 1:  # whole gradients are accumulated, as under ZeRO-1
+                                    continue
                                 yield Shape(
                                     pipeline, data, tensor, dims, micros, schedule, chunks, zero, recompute
                                 )  # fmt: skip

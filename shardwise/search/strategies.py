@@ -48,10 +48,10 @@ def strategies(job: Job, ranks: int, graph: Graph | None = None) -> list[Candida
     return [maker.candidate(strategy, ranks) for strategy in STRATEGIES]
 
 
-def maker_of(job: Job, graph: Graph | None = None) -> Maker | ModuleMaker:
+def maker_of(job: Job, graph: Graph | None = None, cluster: Cluster | None = None) -> Maker | ModuleMaker:
     """What makes plans for a job: from its graph, or from its module where it does not capture."""
     try:
-        return Maker(job, graph if graph is not None else Graph.of(job))
+        return Maker(job, graph if graph is not None else Graph.of(job), cluster)
     except CaptureError as error:
         return ModuleMaker(job, str(error))
 
@@ -116,9 +116,9 @@ class Maker:
         return Plan(precision=self.job.precision, model=self.graph.fingerprint())
 
     def cluster(self, ranks: int) -> Cluster:
-        """Where so many ranks run: what was given, or this machine."""
+        """Where so many ranks run: what was given, as often as it takes, or this machine."""
         if self._given is not None:
-            return self._given
+            return replace(self._given, nodes=self._given.nodes * math.ceil(ranks / self._given.ranks))
         if ranks not in self._here:
             self._here[ranks] = here(ranks)
         return self._here[ranks]

@@ -1,0 +1,217 @@
+"""The page that says why a plan was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from shardwise.errors import PlanError
+from shardwise.job import Job
+from shardwise.machine.cluster import Cluster
+from shardwise.machine.here import here
+from shardwise.plan.plan import Plan
+from shardwise.report.terminal import duration, percent, size, table, times
+from shardwise.search.choose import choose
+from shardwise.search.explain import Explanation, Known, explain
+from shardwise.search.planner import Found, Priced
+from shardwise.search.space import Options
+from shardwise.search.strategies import Maker, maker_of
+
+_SHOWN = 0.002
+"""Items that make a smaller part of a step are not listed among what a plan loses."""
+
+
+def why(
+    job: Job,
+    cluster: Cluster | str | int,
+    options: Options | None = None,
+    tell: Callable[[Found, int], None] | None = None,
+) -> tuple[Plan, Explanation | None]:
+    """The best plan for a job, with the page that says why; and what the page is made of.
+
+    Args:
+        job: what to split.
+        cluster: a Cluster, the name or file of one, or a number of ranks of this machine.
+        options: what to look for.
+        tell: as for `search.choose.search`.
+
+    Raises:
+        PlanError: no plan fits, or, for a model that does not capture, none applies.
+    """
+    if not isinstance(cluster, Cluster):
+        cluster = here(cluster) if isinstance(cluster, int) else Cluster.load(cluster)
+    maker = maker_of(job, cluster=cluster)
+    if not isinstance(maker, Maker):
+        best = choose(job, cluster.ranks)[0]
+        return best.plan.with_(why=best.reason), None
+    explanation = explain(maker, cluster, options, tell)
+    found = explanation.found.best
+    if found is None:
+        raise PlanError(nothing(explanation))
+    return found.plan.with_(why=page(explanation)), explanation
+
+
+def page(e: Explanation) -> str:
+    """An explanation as text."""
+    best = e.found.best
+    head = f"{e.job} on {e.cluster.name} ({_devices(e.cluster.ranks)}), {e.batch:,} samples a step"
+    parts = [head, _choice(e, best) if best is not None else nothing(e)]
+    if e.others and best is not None:
+        rows = [["", "another plan", "a step", "memory", "loses", "where"]]
+        for place, other in enumerate(e.others, 2):
+            rows.append([str(place), title(other), *_cells(other), *_loss(other, best)])
+        parts.append(table(rows, left=2, last=True))
+    if e.known:
+        rows = [["well-known", "its best plan", "a step", "memory", "loses", "where"]]
+        parts.append(table(rows + [_known(known, best) for known in e.known], left=2, last=True))
+    if e.changes and best is not None:
+        rows = [["if there were", "the best plan", "a step", "gains"]]
+        for name, changed in e.changes.items():
+            if changed is not None:
+                gained = percent(1 - changed.estimate.step / best.estimate.step)
+                same = "the same" if changed.plan == best.plan else title(changed)
+                rows.append([name, same, duration(changed.estimate.step), gained])
+        parts.append(table(rows, left=2))
+    return "\n\n".join(parts)
+
+
+def _choice(e: Explanation, best: Priced) -> str:
+    estimate = best.estimate
+    items = sorted(estimate.seconds.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {duration(s)}" for name, s in items if s > 0)
+    lines = [f"  {title(best)}", f"  a step       {duration(estimate.step)}: {told}"]
+    if any(estimate.hidden.values()):
+        hidden = ", ".join(f"{axis} {duration(s)}" for axis, s in estimate.hidden.items() if s)
+        lines.append(f"  hidden       communication behind computing: {hidden}")
+    fullest = max(range(len(estimate.ranks)), key=lambda r: sum(estimate.ranks[r].values()))
+    sizes = sorted(estimate.ranks[fullest].items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {size(b)}" for name, b in sizes if b)
+    lines.append(f"  memory       {size(estimate.peak)} of {size(estimate.limits[fullest])}: {told}")
+    if e.alone is not None:
+        fewest, ratio = e.alone.plan.ranks, e.alone.estimate.step / estimate.step
+        ideal = e.cluster.ranks / fewest
+        lines.append(
+            f"  speed-up     {times(ratio)} over {_devices(fewest)}, the fewest that it fits; "
+            f"{percent(ratio / ideal)} of {ideal:g}×"
+        )
+    sent = sum(s for item, s in estimate.seconds.items() if item.startswith("communication"))
+    compute = estimate.seconds["compute"]
+    if sent:
+        lines.append(f"  computing    {compute / sent:,.1f} times as long as communication that nothing hides")
+    share = estimate.seconds.get(e.binding)
+    part = "" if share is None else f", {percent(share / estimate.step)} of a step"
+    lines.append(f"  limited by   {e.binding}{part}")
+    found = e.found
+    if found.complete:
+        lines.append(
+            f"  searched     {found.shapes:,} shapes, {found.small:,} of them too large; "
+            f"no plan of them is faster by more than {percent(found.gap)}"
+        )
+    else:
+        gap = percent(found.gap)
+        lines.append(f"  interrupted  the best so far; of {found.shapes:,} shapes none is faster by more than {gap}")
+    return "\n".join(lines)
+
+
+def nothing(e: Explanation) -> str:
+    """Why there is no plan: by how much none fits, and what would help; or that nothing divides."""
+    tight = e.found.tight
+    where = f"on {e.cluster.name} ({_devices(e.cluster.ranks)})"
+    if tight is None:
+        reasons = "; ".join(f"{k.name}: {k.reason}" for k in e.known if k.reason)
+        return f"nothing splits {e.job} {where} with {e.batch:,} samples a step as asked for: {reasons}"
+    estimate = tight.estimate
+    limit = f"the limit of {size(e.options.memory)}" if e.options.memory else "what it has"
+    over = max(estimate.over, estimate.peak - e.options.memory) if e.options.memory else estimate.over
+    return (
+        f"no plan of {e.job} fits {where}: the nearest, {title(tight)}, needs {size(estimate.peak)} on the fullest "
+        f"device, {size(over)} more than {limit}; {e.way_out}"
+    )
+
+
+def _known(known: Known, best: Priced | None) -> list[str]:
+    if known.best is not None:
+        loss = _loss(known.best, best) if best is not None else ["", ""]
+        if best is not None and known.best.plan == best.plan:
+            loss = ["", "is the best plan"]
+        return [known.name, title(known.best), *_cells(known.best), *loss]
+    if known.tight is not None:
+        over = known.tight.estimate.over
+        return [known.name, title(known.tight), *_cells(known.tight), "", f"does not fit, by {size(over)}"]
+    return [known.name, "", "", "", "", known.reason]
+
+
+def _cells(priced: Priced) -> list[str]:
+    return [duration(priced.estimate.step), size(priced.estimate.peak)]
+
+
+def _loss(other: Priced, best: Priced) -> list[str]:
+    """By what part a plan is slower than the best, and in which items it takes longer."""
+    step = best.estimate.step
+    mine, theirs = best.estimate.seconds, other.estimate.seconds
+    more = {item: theirs.get(item, 0.0) - mine.get(item, 0.0) for item in [*theirs, *mine]}
+    told = [
+        f"{item} +{percent(s / step)}" for item, s in sorted(more.items(), key=lambda i: -i[1]) if s > _SHOWN * step
+    ]
+    return [percent(other.estimate.step / step - 1), ", ".join(told)]
+
+
+def title(priced: Priced) -> str:
+    """A plan in a few words, with its schedule and what it computes again."""
+    plan = priced.plan
+    words = [plan.title()]
+    if plan.stages > 1:
+        each = plan.stages // plan.pipeline
+        words.append(plan.schedule + (f" of {each} stages a rank" if each > 1 else ""))
+    if plan.recompute:
+        words.append("recompute")
+    if any(dim.startswith("sequence") for axis in plan.axes for dim in axis.dims):
+        words.append("sequence")
+    return ", ".join(words)
+
+
+def _devices(count: int) -> str:
+    return f"{count:,} device{'s' * (count != 1)}"
+
+
+def to_dict(e: Explanation) -> dict[str, Any]:
+    """An explanation as numbers, strings and lists."""
+    best, found = e.found.best, e.found
+    return {
+        "job": e.job,
+        "batch": e.batch,
+        "cluster": e.cluster.name,
+        "devices": e.cluster.ranks,
+        "objective": e.options.objective,
+        "best": _priced(best),
+        "alone": _priced(e.alone),
+        "limited_by": e.binding if best is not None else None,
+        "search": {
+            "shapes": found.shapes, "too_large": found.small, "gap": found.gap if best is not None else None,
+            "complete": found.complete,
+        },
+        "nearest": _priced(found.tight),
+        "way_out": e.way_out,
+        "others": [_priced(other) for other in e.others],
+        "known": [
+            {"name": k.name, "best": _priced(k.best), "nearest": _priced(k.tight), "reason": k.reason} for k in e.known
+        ],
+        "changes": {name: _priced(other) for name, other in (e.changes or {}).items()},
+    }  # fmt: skip
+
+
+def _priced(priced: Priced | None) -> Mapping[str, Any] | None:
+    if priced is None:
+        return None
+    estimate = priced.estimate
+    return {
+        "title": title(priced),
+        "plan": priced.plan.text(),
+        "seconds": estimate.step,
+        "items": dict(estimate.seconds),
+        "hidden": dict(estimate.hidden),
+        "bytes": estimate.peak,
+        "bytes_by_item": dict(estimate.memory),
+        "limit": max(estimate.limits),
+        "fits": estimate.fits,
+    }

@@ -1,0 +1,136 @@
+"""Explain: what a chosen plan is worth, what it was chosen from, and what else would change the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from shardwise.machine.cluster import Cluster
+from shardwise.search.choose import planner_of
+from shardwise.search.planner import Found, Priced
+from shardwise.search.space import Options
+from shardwise.search.strategies import Maker
+
+_OTHERS = 10
+_MEGATRON = 8
+_GROWTH = 6
+"""How many times the machines are doubled to find where a plan fits."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A well-known strategy: its best plan, or the one that comes nearest to fitting, or why there is none."""
+
+    name: str
+    best: Priced | None
+    tight: Priced | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a plan was chosen from.
+
+    Attributes:
+        job: its title.
+        batch: samples of a step.
+        cluster: where it is to run.
+        options: what was looked for.
+        found: what the search found.
+        others: the best plans that are split differently, best first.
+        alone: the fewest devices that the job fits, of 1, 2, 4 and so on, and the best plan for them.
+        known: well-known strategies.
+        changes: what a change of the machine would make of the best plan.
+        way_out: where nothing fits: the first change that would help.
+    """
+
+    job: str
+    batch: int
+    cluster: Cluster
+    options: Options
+    found: Found
+    others: tuple[Priced, ...] = ()
+    alone: Priced | None = None
+    known: tuple[Known, ...] = ()
+    changes: Mapping[str, Priced | None] | None = None
+    way_out: str = ""
+
+    @property
+    def binding(self) -> str:
+        """What limits the best plan: memory, where twice as much would help by a hundredth, or its largest item."""
+        best = self.found.best
+        assert best is not None
+        more = (self.changes or {}).get("twice the memory")
+        if more is not None and more.estimate.step < 0.99 * best.estimate.step:
+            return "memory"
+        return max(best.estimate.seconds, key=lambda item: best.estimate.seconds[item])
+
+
+def explain(
+    maker: Maker, cluster: Cluster, options: Options | None = None, tell: Callable[[Found, int], None] | None = None
+) -> Explanation:
+    """Choose a plan for a job on a cluster, and say why; arguments as for `choose.search`."""
+    options = options or Options()
+    found = planner_of(maker, cluster, cluster.ranks, options).search(tell)
+    made = Explanation(maker.job.title(), maker.job.global_batch, cluster, options, found)
+    if not found.complete:
+        return replace(made, others=tuple(found.different[1 : _OTHERS + 1]))
+    known = tuple(_known(maker, cluster, options))
+    if found.best is None:
+        return replace(made, known=known, way_out=_way_out(maker, cluster, options))
+    changes = {name: planner_of(maker, other, other.ranks, options).search().best for name, other in _changed(cluster)}
+    others = tuple(found.different[1 : _OTHERS + 1])
+    return replace(made, others=others, alone=_alone(maker, cluster, options), known=known, changes=changes)
+
+
+def _known(maker: Maker, cluster: Cluster, options: Options) -> list[Known]:
+    tensor = min(_MEGATRON, cluster.nodes[0].devices, cluster.ranks)
+    classes = (
+        ("data parallel", "data", {"pipeline": 1, "tensor": 1}, (0,)),
+        ("sharded data parallel (ZeRO-3, FSDP)", "sharded", {"pipeline": 1, "tensor": 1}, (3,)),
+        (f"tensor {tensor}, then pipeline and data (Megatron)", "tensor", {"tensor": tensor}, (0, 1)),
+    )
+    found = []
+    for name, strategy, fixed, zero in classes:
+        wanted = replace(options, fixed={**fixed, **options.fixed}, zero=[z for z in zero if z in options.zero])
+        best = planner_of(maker, cluster, cluster.ranks, wanted).search()
+        reason = ""
+        if not best.shapes:
+            candidate = maker.candidate(strategy, tensor if strategy == "tensor" else cluster.ranks)
+            reason = candidate.reason if candidate.plan is None else "it is not among the plans that were asked for"
+        found.append(Known(name, best.best, best.tight, reason))
+    return found
+
+
+def _alone(maker: Maker, cluster: Cluster, options: Options) -> Priced | None:
+    """The best plan on the fewest devices that the job fits."""
+    ranks = 1
+    while ranks < cluster.ranks:
+        found = planner_of(maker, cluster.first(ranks), ranks, replace(options, fixed={})).search()
+        if found.best is not None:
+            return found.best
+        ranks *= 2
+    return None
+
+
+def _changed(cluster: Cluster) -> list[tuple[str, Cluster]]:
+    """The same machines with one thing better."""
+    changes = [("twice the memory", cluster.with_memory(2))]
+    if cluster.nodes[0].devices > 1:
+        changes.append(("links inside of nodes twice as fast", cluster.with_links(2, between=False)))
+    if len(cluster.nodes) > 1:
+        changes.append(("links between nodes twice as fast", cluster.with_links(2, inside=False)))
+    return changes
+
+
+def _way_out(maker: Maker, cluster: Cluster, options: Options) -> str:
+    """The smallest of larger machines, in number or in memory, that some plan fits."""
+    for doubled in range(1, _GROWTH + 1):
+        times = 2**doubled
+        more = Cluster(f"{times} times {cluster.name}", cluster.nodes * times)
+        if planner_of(maker, more, more.ranks, options).search().best is not None:
+            return f"{more.ranks} devices of this kind would do ({times} times as many)"
+        free = replace(options, memory=options.memory and options.memory * times)
+        if planner_of(maker, cluster.with_memory(times), cluster.ranks, free).search().best is not None:
+            return f"{times} times the memory of each device would do"
+    return f"even {2**_GROWTH} times as many devices, or as much memory, would not do"

@@ -26,6 +26,7 @@ from shardwise.machine.quantity import Quantity
 from shardwise.plan.plan import Plan
 from shardwise.search.choose import planner_of, search
 from shardwise.search.cuts import cut_places
+from shardwise.search.explain import explain
 from shardwise.search.planner import Found, Planner, Priced
 from shardwise.search.space import Options
 from shardwise.search.strategies import Maker
@@ -106,6 +107,27 @@ def test_an_interrupt_gives_the_best_so_far_and_its_gap() -> None:
     found = made.search(tell)
     assert found.best is not None and not found.complete
     assert found.bound <= made.search().priced[0].value("time") <= found.best.value("time")
+
+
+def test_cost_takes_fewer_devices_where_more_bring_little() -> None:
+    maker = Maker(perceptron((64, 256, 64), 8), graph_of((64, 256, 64)), Cluster.load("4x1xh100-sxm+ethernet-1"))
+    quick, cheap = (search(maker, maker.cluster(4), Options(objective)).best for objective in ("time", "cost"))
+    assert quick is not None and quick.plan.ranks == 4
+    assert cheap is not None and cheap.plan.ranks == 1
+    assert cheap.value("cost") < quick.value("cost")
+
+
+def test_what_a_plan_was_chosen_from_is_told() -> None:
+    widths, batch = (2048, 2048, 256), 64
+    cluster = Cluster.load("2x2xh100-sxm")
+    told = explain(Maker(perceptron(widths, batch), graph_of(widths), cluster), cluster)
+    best = told.found.best
+    assert best is not None and told.alone is not None and told.alone.plan.ranks == 1
+    assert all(other.estimate.step >= best.estimate.step for other in told.others)
+    assert len({other.plan for other in (best, *told.others)}) == len(told.others) + 1
+    assert [known.best is not None for known in told.known] == [True, True, True]
+    assert told.changes is not None and len(told.changes) == 3
+    assert all(change is not None and change.estimate.step <= best.estimate.step for change in told.changes.values())
 
 
 def test_faster_devices_get_more_of_the_model() -> None:

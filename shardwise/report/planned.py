@@ -122,7 +122,7 @@ def nothing(e: Explanation) -> str:
         return f"nothing splits {e.job} {where} with {e.batch:,} samples a step as asked for: {reasons}"
     estimate = tight.estimate
     limit = f"the limit of {size(e.options.memory)}" if e.options.memory else "what it has"
-    over = max(estimate.over, estimate.peak - e.options.memory) if e.options.memory else estimate.over
+    over = max(estimate.over, estimate.peak - e.options.memory if e.options.memory else estimate.over)
     return (
         f"no plan of {e.job} fits {where}: the nearest, {title(tight)}, needs {size(estimate.peak)} on the fullest "
         f"device, {size(over)} more than {limit}; {e.way_out}"

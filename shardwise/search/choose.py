@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.errors import PlanError
 from shardwise.graph.fold import Folded
@@ -56,7 +56,14 @@ def search(
         options: what to look for.
         tell: called before each shape is priced, with what is found so far and how many shapes are left.
     """
-    return planner_of(maker, cluster, cluster.ranks, options or Options()).search(tell)
+    options = options or Options()
+    ranks = [cluster.ranks]
+    while options.objective == "cost" and ranks[-1] > 1:
+        ranks.append(ranks[-1] // 2)
+    founds = [planner_of(maker, cluster.first(n), n, options).search(tell) for n in ranks]
+    best = min(founds, key=lambda f: f.best.value(f.objective) if f.best is not None else math.inf)
+    bound = min(f.bound for f in founds)
+    return replace(best, bound=bound, shapes=sum(f.shapes for f in founds), complete=all(f.complete for f in founds))
 
 
 def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> Planner:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from shardwise.machine.cluster import Cluster
-from shardwise.search.choose import planner_of
+from shardwise.search.choose import search
 from shardwise.search.planner import Found, Priced
 from shardwise.search.space import Options
 from shardwise.search.strategies import Maker
@@ -71,16 +71,26 @@ def explain(
 ) -> Explanation:
     """Choose a plan for a job on a cluster, and say why; arguments as for `choose.search`."""
     options = options or Options()
-    found = planner_of(maker, cluster, cluster.ranks, options).search(tell)
+    found = search(maker, cluster, options, tell)
     made = Explanation(maker.job.title(), maker.job.global_batch, cluster, options, found)
     if not found.complete:
+        if found.best is None:
+            raise KeyboardInterrupt
         return replace(made, others=tuple(found.different[1 : _OTHERS + 1]))
     known = tuple(_known(maker, cluster, options))
     if found.best is None:
         return replace(made, known=known, way_out=_way_out(maker, cluster, options))
-    changes = {name: planner_of(maker, other, other.ranks, options).search().best for name, other in _changed(cluster)}
+    changes = {name: _search(maker, other, options).best for name, other in _changed(cluster)}
     others = tuple(found.different[1 : _OTHERS + 1])
     return replace(made, others=others, alone=_alone(maker, cluster, options), known=known, changes=changes)
+
+
+def _search(maker: Maker, cluster: Cluster, options: Options) -> Found:
+    """As `choose.search`, and an interrupt ends it all."""
+    found = search(maker, cluster, options)
+    if not found.complete:
+        raise KeyboardInterrupt
+    return found
 
 
 def _known(maker: Maker, cluster: Cluster, options: Options) -> list[Known]:
@@ -93,7 +103,7 @@ def _known(maker: Maker, cluster: Cluster, options: Options) -> list[Known]:
     found = []
     for name, strategy, fixed, zero in classes:
         wanted = replace(options, fixed={**fixed, **options.fixed}, zero=[z for z in zero if z in options.zero])
-        best = planner_of(maker, cluster, cluster.ranks, wanted).search()
+        best = _search(maker, cluster, wanted)
         reason = ""
         if not best.shapes:
             candidate = maker.candidate(strategy, tensor if strategy == "tensor" else cluster.ranks)
@@ -106,7 +116,7 @@ def _alone(maker: Maker, cluster: Cluster, options: Options) -> Priced | None:
     """The best plan on the fewest devices that the job fits."""
     ranks = 1
     while ranks < cluster.ranks:
-        found = planner_of(maker, cluster.first(ranks), ranks, replace(options, fixed={})).search()
+        found = _search(maker, cluster.first(ranks), replace(options, fixed={}))
         if found.best is not None:
             return found.best
         ranks *= 2
@@ -128,9 +138,9 @@ def _way_out(maker: Maker, cluster: Cluster, options: Options) -> str:
     for doubled in range(1, _GROWTH + 1):
         times = 2**doubled
         more = Cluster(f"{times} times {cluster.name}", cluster.nodes * times)
-        if planner_of(maker, more, more.ranks, options).search().best is not None:
+        if _search(maker, more, options).best is not None:
             return f"{more.ranks} devices of this kind would do ({times} times as many)"
         free = replace(options, memory=options.memory and options.memory * times)
-        if planner_of(maker, cluster.with_memory(times), cluster.ranks, free).search().best is not None:
+        if _search(maker, cluster.with_memory(times), free).best is not None:
             return f"{times} times the memory of each device would do"
     return f"even {2**_GROWTH} times as many devices, or as much memory, would not do"

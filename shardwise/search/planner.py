@@ -159,8 +159,12 @@ class Planner:
 
     def fits(self, priced: Priced) -> bool:
         """Whether a plan fits the devices and the limit."""
+        return self.missing(priced) <= 0
+
+    def missing(self, priced: Priced) -> float:
+        """Bytes that a plan needs on its fullest device and that neither the device nor the limit gives."""
         limit = self.space.options.memory
-        return priced.estimate.fits and (limit is None or priced.estimate.peak <= limit)
+        return max(priced.estimate.over, priced.estimate.peak - limit if limit is not None else -math.inf)
 
     def bound(self, shape: Shape) -> tuple[float, bool]:
         """What no cuts of a shape can beat; and whether some may fit."""
@@ -236,5 +240,5 @@ class Planner:
                 continue
             cuts = [places[len(places) * k // stages] for k in range(1, stages)]
             priced = Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))
-            if found.tight is None or priced.estimate.over < found.tight.estimate.over:
+            if found.tight is None or self.missing(priced) < self.missing(found.tight):
                 found.tight = priced

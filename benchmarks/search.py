@@ -60,7 +60,9 @@ class Images(Dataset[Any]):
         return 10**6
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(3, self.side, self.side), torch.zeros(self.side, self.side, dtype=torch.long)
+        return torch.zeros(3, self.side, self.side, dtype=torch.bfloat16), torch.zeros(
+            self.side, self.side, dtype=torch.long
+        )
 
 
 class UNet(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from shardwise.machine.cluster import Cluster
+from shardwise.plan.plan import Plan
 from shardwise.search.choose import search
 from shardwise.search.planner import Found, Priced
 from shardwise.search.space import Options
@@ -80,8 +81,11 @@ def explain(
     known = tuple(_known(maker, cluster, options))
     if found.best is None:
         return replace(made, known=known, way_out=_way_out(maker, cluster, options))
-    changes = {name: _search(maker, other, options).best for name, other in _changed(cluster)}
     others = tuple(found.different[1 : _OTHERS + 1])
+    plans = [p.plan for p in (*found.priced, *(k.best for k in known)) if p is not None]
+    changes: dict[str, Priced | None] = {"twice the memory": _search(maker, cluster.with_memory(2), options).best}
+    for name, other in _faster(cluster):
+        changes[name] = min((_again(maker, p, other) for p in plans), key=lambda p: p.value(options.objective))
     return replace(made, others=others, alone=_alone(maker, cluster, options), known=known, changes=changes)
 
 
@@ -123,9 +127,14 @@ def _alone(maker: Maker, cluster: Cluster, options: Options) -> Priced | None:
     return None
 
 
-def _changed(cluster: Cluster) -> list[tuple[str, Cluster]]:
-    """The same machines with one thing better."""
-    changes = [("twice the memory", cluster.with_memory(2))]
+def _again(maker: Maker, plan: Plan, cluster: Cluster) -> Priced:
+    """A plan priced on another cluster."""
+    return Priced(plan, maker.pricer.price(plan, cluster, maker.job.global_batch))
+
+
+def _faster(cluster: Cluster) -> list[tuple[str, Cluster]]:
+    """The same machines with faster links."""
+    changes = []
     if cluster.nodes[0].devices > 1:
         changes.append(("links inside of nodes twice as fast", cluster.with_links(2, between=False)))
     if len(cluster.nodes) > 1:

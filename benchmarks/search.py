@@ -96,7 +96,7 @@ class UNet(nn.Module):
 
 
 def unet(batch: int) -> Job:
-    """A U-Net of half a billion weights on images of 256 × 256."""
+    """A U-Net of 124 million weights on images of 256 × 256."""
     return Job(
         model=lambda: UNet(128, 5, 16).to(torch.bfloat16), data=Images(256), optimizer=torch.optim.AdamW,
         loss=lambda scores, given: F.cross_entropy(scores.float(), given[1]), global_batch=batch, name="U-Net",

@@ -65,6 +65,7 @@ class Case:
     def times(self, rank: int, s: Stretches) -> Times:
         """Seconds of stretches as stages of a pipeline rank."""
         p, place = self.profile, self.places[rank]
+        behind = p.overlap_gather * self._apart(rank)
         rate = place.device.bandwidth.value * place.device.reached.value
         shown = 1.0 - p.overlap_tensor
         # In all micro-batches but the first a gradient is added to one that is there.
@@ -86,8 +87,8 @@ class Case:
         ]
         gather = self._gather(rank, s)
         gathers = (
-            np.maximum(0.0, gather - p.overlap_gather * forward),
-            np.maximum(0.0, 2 * gather - p.overlap_gather * backward),  # and the sum of gradients takes as long
+            np.maximum(0.0, gather - behind * forward),
+            np.maximum(0.0, 2 * gather - behind * backward),  # and the sum of gradients takes as long
         )
         sent = {axis: seconds * shown for axis, seconds in all_sent.items()}
         hidden = {axis: seconds * p.overlap_tensor for axis, seconds in all_sent.items()}
@@ -102,6 +103,10 @@ class Case:
             sent,
             hidden,
         )
+
+    def _apart(self, rank: int) -> float:
+        """Whether sending leaves computing alone: cores copy what they send."""
+        return float(self.places[rank].device.kind != "cpu")
 
     def _gather(self, rank: int, s: Stretches) -> Array:
         """Seconds to gather the weights once, where they are sharded; they travel in the dtype of gradients."""
@@ -136,7 +141,7 @@ class Case:
         if self.plan.zero in (1, 2):
             fixed, each = routes[DATA].parts("all_gather")
             time = time + fixed + each * s.weight_bytes
-        behind = np.minimum(time, p.overlap_data * backward)
+        behind = np.minimum(time, p.overlap_data * self._apart(rank) * backward)
         return time - behind, behind, others
 
     def update(self, rank: int, s: Stretches) -> Array:

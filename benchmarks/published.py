@@ -26,10 +26,11 @@ from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES, Profile
 from shardwise.errors import ShardwiseError
 from shardwise.graph.blocks import blocks
-from shardwise.graph.graph import Graph, common_module
+from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
+from shardwise.search.space import layer_patterns
 from shardwise.search.strategies import Maker
 
 GIB = 2**30
@@ -204,19 +205,11 @@ def plan_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> Plan:
         dims = tensor_dims(shape, tp)
         sequence = (row.get("sequence_parallel") or "").lower().startswith("yes")
         axes.append(PlanAxis("tensor", tp, (*dims, "sequence") if sequence else dims))
-    recompute = layers(graph) if (row.get("recompute") or "").lower().startswith(("full", "always")) else ()
+    recompute = layer_patterns(graph) if (row.get("recompute") or "").lower().startswith(("full", "always")) else ()
     return Plan(
         tuple(axes), cuts(graph, chunks), micro_batches=micros, schedule="interleaved" if chunks > pp else "1f1b",
         zero=zero_of(row) if dp > 1 else 0, recompute=recompute,
     )  # fmt: skip
-
-
-@cache
-def layers(graph: Graph) -> tuple[str, ...]:
-    """A pattern for the modules of the layers, such as `model.layers.*`."""
-    block = max(blocks(graph), key=lambda b: b.count)
-    first = common_module([f"{graph.ops[i].module}.x" for i in block.copies()[1] if graph.ops[i].module])
-    return (re.sub(r"\d+", "*", first),)
 
 
 @cache

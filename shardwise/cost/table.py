@@ -138,7 +138,7 @@ class Rows:
         self.sent, self.sent_back = (self._spread([getattr(t, way) for t in tasks]) for way in ("forward", "backward"))
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         change = np.zeros(len(folded.whole.ops) + 2)
-        begins, ends, numbers = (np.array(column, dtype=int) for column in zip(*folded.lives, strict=True))
+        begins, ends, numbers = np.array(folded.lives, dtype=int).reshape(-1, 3).T
         np.add.at(change, begins + 1, self.bytes[numbers])
         np.add.at(change, ends + 1, -self.bytes[numbers])
         self.live = np.cumsum(change)[:-1]

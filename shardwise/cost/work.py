@@ -116,11 +116,6 @@ class Work:
         """Bytes of what an operator makes that gradients flow through, on one rank."""
         return sum(self.local_bytes(v, samples) for v in op.outputs if v in self.graph.needs_grad)
 
-    @cached_property
-    def weights(self) -> Mapping[str, float]:
-        """Entries of each parameter on one rank."""
-        return {n: self.local(v, 1) for n, v in self.graph.params.items()}
-
     # -- tasks -------------------------------------------------------------------------------------------------------
 
     def tasks(self, samples: int) -> list[Task]:

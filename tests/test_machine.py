@@ -15,6 +15,7 @@ import shardwise.machine.device as machine
 from shardwise.errors import MachineError
 from shardwise.machine.cluster import Cluster
 from shardwise.machine.device import Device, device, known_devices, known_networks, network
+from shardwise.machine.here import accelerator
 from shardwise.machine.quantity import MEASURES, Quantity
 
 HOME = Path(machine.__file__).parent
@@ -287,3 +288,19 @@ def test_beyond_what_is_known_scaling_goes_on_falling() -> None:
     shares = [efa.left(n, "all_gather") for n in nodes]
     assert all(a > b for a, b in pairwise(shares))
     assert efa.left(128, "all_reduce") == pytest.approx(efa.left(64, "all_reduce") / 2)
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("Tesla V100-SXM2-32GB", "v100-32gb"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 4090", "unknown"),
+    ],
+)
+def test_the_accelerator_at_hand_is_known_by_its_driver_s_name(title: str, name: str) -> None:
+    assert accelerator(title).name == name

@@ -117,10 +117,11 @@ class Maker:
 
     def cluster(self, ranks: int) -> Cluster:
         """Where so many ranks run: what was given, as often as it takes, or this machine."""
-        if self._given is not None:
-            return replace(self._given, nodes=self._given.nodes * math.ceil(ranks / self._given.ranks))
+        if self._given is not None and ranks <= self._given.ranks:
+            return self._given
         if ranks not in self._here:
-            self._here[ranks] = here(ranks)
+            more = self._given and self._given.nodes * math.ceil(ranks / self._given.ranks)
+            self._here[ranks] = replace(self._given, nodes=more) if self._given is not None else here(ranks)
         return self._here[ranks]
 
     def price(self, plan: Plan) -> Estimate:

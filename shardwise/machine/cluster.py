@@ -166,6 +166,10 @@ class Cluster:
         changed = {id(node): larger(node) for node in {id(node): node for node in self.nodes}.values()}
         return Cluster(self.name, tuple(changed[id(node)] for node in self.nodes))
 
+    def times(self, count: int) -> Cluster:
+        """So many times these machines."""
+        return Cluster(f"{count} times {self.name}", self.nodes * count)
+
     def first(self, ranks: int) -> Cluster:
         """The first so many devices."""
         nodes, left = [], ranks

@@ -146,7 +146,7 @@ def _way_out(maker: Maker, cluster: Cluster, options: Options) -> str:
     """The smallest of larger machines, in number or in memory, that some plan fits."""
     for doubled in range(1, _GROWTH + 1):
         times = 2**doubled
-        more = Cluster(f"{times} times {cluster.name}", cluster.nodes * times)
+        more = cluster.times(times)
         if _search(maker, more, options).best is not None:
             return f"{more.ranks} devices of this kind would do ({times} times as many)"
         free = replace(options, memory=options.memory and options.memory * times)

@@ -120,8 +120,9 @@ class Maker:
         if self._given is not None and ranks <= self._given.ranks:
             return self._given
         if ranks not in self._here:
-            more = self._given and self._given.nodes * math.ceil(ranks / self._given.ranks)
-            self._here[ranks] = replace(self._given, nodes=more) if self._given is not None else here(ranks)
+            self._here[ranks] = (
+                here(ranks) if self._given is None else self._given.times(-(-ranks // self._given.ranks))
+            )
         return self._here[ranks]
 
     def price(self, plan: Plan) -> Estimate:

@@ -19,8 +19,6 @@ from shardwise.graph import random
 from shardwise.graph.dims import Dim
 from shardwise.graph.graph import Graph, Op
 
-_DRAWS = (random.dropout, random.uniform, random.normal)
-
 
 @dataclass(frozen=True)
 class Block:
@@ -153,7 +151,7 @@ def key_of(op: Op) -> Any:
         return repr(argument)
 
     operands = [*op.context.inputs, *op.context.outputs]
-    args = op.node.args[:-1] if op.node.target in _DRAWS else op.node.args  # without its number, which is its own
+    args = op.node.args[:-1] if op.node.target in random.DRAWS else op.node.args  # without its number, which is its own
     return (
         op.name,
         plain(args),

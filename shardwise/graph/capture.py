@@ -10,8 +10,8 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from shardwise.errors import CaptureError, JobError
 from shardwise.graph.normalize import CHANGED, normalize
 from shardwise.graph.rules import RULES, operator_name
+from shardwise.graph.unfold import Event, Stack, deepest, run, unfold, unfolded
 from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LossModule(nn.Module):
@@ -146,31 +149,62 @@ def capture(
         batch = job.batch(range(min(2, job.global_batch)))
     samples = max(job.global_batch, 2)
     device = next(module.parameters()).device
-    context: Any = nullcontext()
+    mode = None
     # Some ways to make a tensor, such as torch.FloatTensor, know no device but the CPU.
     if any(p.is_meta for p in module.parameters()):
-        context = FakeTensorMode(allow_non_fake_inputs=True)
-        module, device = _on_cpu(module, context), torch.device("cpu")
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        module, device = _on_cpu(module, mode), torch.device("cpu")
 
     def shaped_as(t: Tensor) -> Tensor:
         return t.new_zeros((samples, *t.shape[1:]), device=device) if t.ndim else t.to(device)
 
-    why: CaptureError | None = None
-    with context:
-        shaped = map_batch(batch, shaped_as)
+    with mode or nullcontext():
+        tensors = tuple(batch_tensors(map_batch(batch, shaped_as)))
         wrapper = LossModule(module, job, batch).train(training)
-        tensors = tuple(batch_tensors(shaped))
-        try:
-            exported = _export(wrapper, tensors)
-        except CaptureError as error:
-            why = error
-    if why is not None:
-        # In the job's own dtype, which the batch that was given may not have.
-        _check_that_it_runs(job, job.batch(range(min(2, job.global_batch))))
-        raise why
-    captured = _collect(exported, wrapper, tensors, samples)
+    try:
+        captured = _captured(wrapper, tensors, samples, mode)
+    except CaptureError as error:
+        if error.__cause__ is not None:  # torch's: it may not even run
+            # In the job's own dtype, which the batch that was given may not have.
+            _check_that_it_runs(job, job.batch(range(min(2, job.global_batch))))
+        raise
     wrapper.train()
-    return captured
+    return replace(captured, tied=_tied(module))
+
+
+def _captured(wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None) -> Captured:
+    """Capture by a few of the layers that are alike, where that is the same, or else as a whole."""
+    stack = deepest(wrapper.module)
+    short = _by_a_few(wrapper, tensors, samples, mode, stack) if stack is not None else None
+    if short is not None:
+        return short
+    with mode or nullcontext():
+        exported = _export(wrapper, tensors)
+    return _collect(exported, wrapper, tensors, samples)
+
+
+def _by_a_few(
+    wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None, stack: Stack
+) -> Captured | None:
+    try:
+        with stack.short():
+            short = _captured(wrapper, tensors, samples, mode)
+            found = unfolded(_runs(wrapper, tensors, mode), stack)
+        alike = found is not None and found.events == _runs(wrapper, tensors, mode)
+    except Exception:  # a model may count on its layers being there
+        return None
+    return unfold(short, stack, wrapper.module) if alike else None
+
+
+def _runs(wrapper: LossModule, tensors: tuple[Tensor, ...], mode: FakeTensorMode | None) -> list[Event]:
+    """What the model runs, on tensors without data."""
+    if mode is None:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        wrapper = _on_cpu(wrapper, mode)
+        with mode:
+            tensors = tuple(torch.empty_like(t, device="cpu") for t in tensors)
+    with mode:
+        return run(wrapper, wrapper.module, tensors)
 
 
 _SMALL = 500_000_000  # parameters of a model that is run once to see whether it runs at all
@@ -200,7 +234,7 @@ def _line(error: Exception) -> str:
     return lines[0][:300] if lines else ""
 
 
-def _on_cpu(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _on_cpu(module: M, mode: FakeTensorMode) -> M:
     """A copy of a module on `meta` whose tensors say that they are on the CPU.
 
     What operators are captured depends on the device (attention's strides do), and a plan that was made without weights
@@ -291,12 +325,7 @@ def _collect(exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tens
         updates = []
     symbols = _batch_symbols(graph, inputs)
     normalize(graph, symbols)
-    canonical = {id(p): name for name, p in reversed(list(wrapper.module.named_parameters(remove_duplicate=False)))}
-    tied = {
-        name: canonical[id(p)]
-        for name, p in wrapper.module.named_parameters(remove_duplicate=False)
-        if canonical[id(p)] != name
-    }
+    tied = _tied(wrapper.module)
     params = {placeholder: tied.get(name, name) for placeholder, name in params.items()}
     return Captured(
         graph=graph,
@@ -310,6 +339,13 @@ def _collect(exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tens
         batch_symbols=symbols,
         fixed_batch=None if symbols else samples,
     )
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Parameter name to the first name of the same parameter, where that is another."""
+    named = list(module.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in reversed(named)}
+    return {name: first[id(p)] for name, p in named if first[id(p)] != name}
 
 
 def _results_first(graph: fx.Graph, updates: int) -> None:

@@ -101,3 +101,5 @@ def normal(size: Sequence[int], op: int, *, dtype: torch.dtype, device: torch.de
 dropout.operator_name = "shardwise.dropout"  # type: ignore[attr-defined]
 uniform.operator_name = "shardwise.uniform"  # type: ignore[attr-defined]
 normal.operator_name = "shardwise.normal"  # type: ignore[attr-defined]
+DRAWS = (dropout, uniform, normal)
+"""What stands for random numbers; the last argument is the operator's number."""

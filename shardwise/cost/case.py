@@ -15,7 +15,7 @@ import numpy as np
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.place import DATA, Place
 from shardwise.cost.profile import Profile
-from shardwise.cost.table import PLAIN, Array, Stretches, Table
+from shardwise.cost.table import PLAIN, Array, Held, Stretches, Table
 from shardwise.cost.timeline import pipeline_seconds
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
@@ -152,7 +152,7 @@ class Case:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def memory(self, s: Stretches, flight: float) -> dict[str, Array]:
+    def memory(self, s: Held, flight: float) -> dict[str, Array]:
         """Bytes of stretches as a rank's stages, by item, with so many micro-batches in flight."""
         p, plan = self.profile, self.plan
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights

@@ -8,15 +8,16 @@ have in common is reckoned once: `Weights` of a split, `Rows` of a split and a m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.kernels import Kernels
-from shardwise.cost.work import ATTENTION, Message, Work
+from shardwise.cost.work import ATTENTION, Message, Task, Work
 from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
 from shardwise.parallel.recompute import block_of
@@ -26,19 +27,50 @@ Bounds = npt.NDArray[np.int_]
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """What stretches of operators take for one micro-batch: entry [i, j] is that from bound i up to bound j.
+class Held:
+    """What stretches of operators hold for one micro-batch: entry [i, j] is that from bound i up to bound j.
 
     Attributes:
-        forward, backward: seconds of the device.
-        again: seconds of forward that backward does once more.
-        calls, calls_back: operators that the host starts.
         kept: bytes kept for backward.
         inside: bytes that the largest recomputed block keeps while it is computed again.
         largest: bytes of the largest gradient, and of the tensor that it is of.
         weights: entries of parameters.
         weight_bytes: bytes of them.
         summed: for each axis, entries of parameters whose gradients are summed over it.
+    """
+
+    kept: Array
+    inside: Array
+    largest: Array
+    weights: Array
+    weight_bytes: Array
+    summed: Mapping[str, Array]
+
+    def pick(self, i: int, j: int) -> Self:
+        """The one stretch from bound i up to bound j."""
+        return self._with(lambda array: array[i, j])
+
+    def scaled(self, share: float) -> Self:
+        """A share of every stretch."""
+        return self._with(lambda array: array * share)
+
+    def _with(self, change: Callable[[Array], Array]) -> Self:
+        def changed(item: Any) -> Any:
+            if isinstance(item, Mapping):
+                return {key: changed(value) for key, value in item.items()}
+            return tuple(map(changed, item)) if isinstance(item, tuple) else change(item)
+
+        return replace(self, **{name: changed(item) for name, item in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Stretches(Held):
+    """What they hold, and what they take.
+
+    Attributes:
+        forward, backward: seconds of the device.
+        again: seconds of forward that backward does once more.
+        calls, calls_back: operators that the host starts.
         sent, sent_back: for each axis and kind of collective, how many and their bytes.
     """
 
@@ -47,31 +79,8 @@ class Stretches:
     again: Array
     calls: Array
     calls_back: Array
-    kept: Array
-    inside: Array
-    largest: Array
-    weights: Array
-    weight_bytes: Array
-    summed: Mapping[str, Array]
     sent: Mapping[tuple[str, str], tuple[Array, Array]]
     sent_back: Mapping[tuple[str, str], tuple[Array, Array]]
-
-    def pick(self, i: int, j: int) -> Stretches:
-        """The one stretch from bound i up to bound j."""
-        return self._with(lambda array: array[i, j])
-
-    def scaled(self, share: float) -> Stretches:
-        """A share of every stretch."""
-        return self._with(lambda array: array * share)
-
-    def _with(self, change: Callable[[Array], Array]) -> Stretches:
-        ways = [{k: (change(c), change(s)) for k, (c, s) in way.items()} for way in (self.sent, self.sent_back)]
-        return Stretches(
-            **{name: change(getattr(self, name)) for name in PLAIN},
-            summed={axis: change(entries) for axis, entries in self.summed.items()},
-            sent=ways[0],
-            sent_back=ways[1],
-        )
 
 
 PLAIN = (
@@ -126,22 +135,49 @@ class Rows:
     """
 
     def __init__(self, folded: Folded, work: Work, samples: int, kernels: Kernels) -> None:
-        self.folded = folded
-        tasks = work.tasks(samples)
-        self.forward = self.each([kernels.forward(t) for t in tasks])
-        self.backward = self.each([kernels.backward(t) for t in tasks])
+        self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, flash=kernels.flash))
-        self.calls = self.each([t.calls for t in tasks])
-        self.gradients = self.each([min(t.gradients, 2) for t in tasks])
         self.largest = self.each([2 * work.made(op, samples) for op in work.graph.ops])
-        self.attention = self.each([t.kind == ATTENTION for t in tasks]).astype(bool)
-        self.sent, self.sent_back = (self._spread([getattr(t, way) for t in tasks]) for way in ("forward", "backward"))
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         change = np.zeros(len(folded.whole.ops) + 2)
         begins, ends, numbers = np.array(folded.lives, dtype=int).reshape(-1, 3).T
         np.add.at(change, begins + 1, self.bytes[numbers])
         np.add.at(change, ends + 1, -self.bytes[numbers])
         self.live = np.cumsum(change)[:-1]
+
+    # Most splits of a large model need too much memory, and their times are never asked for.
+
+    @cached_property
+    def _tasks(self) -> Sequence[Task]:
+        return self._work.tasks(self._samples)
+
+    @cached_property
+    def forward(self) -> Array:
+        return self.each([self._kernels.forward(t) for t in self._tasks])
+
+    @cached_property
+    def backward(self) -> Array:
+        return self.each([self._kernels.backward(t) for t in self._tasks])
+
+    @cached_property
+    def calls(self) -> Array:
+        return self.each([t.calls for t in self._tasks])
+
+    @cached_property
+    def gradients(self) -> Array:
+        return self.each([min(t.gradients, 2) for t in self._tasks])
+
+    @cached_property
+    def attention(self) -> Array:
+        return self.each([t.kind == ATTENTION for t in self._tasks]).astype(bool)
+
+    @cached_property
+    def sent(self) -> dict[tuple[str, str], Array]:
+        return self._spread([t.forward for t in self._tasks])
+
+    @cached_property
+    def sent_back(self) -> dict[tuple[str, str], Array]:
+        return self._spread([t.backward for t in self._tasks])
 
     def each(self, values: Sequence[float]) -> Array:
         """Values of the folded graph's operators as values of all operators."""
@@ -199,24 +235,31 @@ class Table:
     def __init__(self, rows: Rows, weights: Weights, again: Again, *, selective: bool = False) -> None:
         self.rows, self.weights, self.graph, self.blocks = rows, weights, rows.folded.whole, again.blocks
         self.live = rows.live
-        more = again.inside | (rows.attention & selective)
+        self._more = again.inside | rows.attention if selective else again.inside
         self._inside = np.where(again.inside, rows.kept, 0.0)
-        kept = np.where(more, 0.0, rows.kept)
+        kept = np.where(self._more, 0.0, rows.kept)
         for op, number in again.entering:
             kept[op] += rows.bytes[number]
-        self._sums = {
+        self._kept = _running(kept)
+
+    @cached_property
+    def _sums(self) -> Mapping[str, Array]:
+        rows, more = self.rows, self._more
+        return {
             "forward": _running(rows.forward),
             "backward": _running(rows.backward),
             "again": _running(rows.forward * more),
             "calls": _running(rows.calls),
             "calls_back": _running(rows.calls * (rows.gradients + more)),
-            "kept": _running(kept),
         }
-        back = dict(rows.sent_back)
-        for key, sent in rows.sent.items() if more.any() else ():
+
+    @cached_property
+    def _messages(self) -> Sequence[Mapping[tuple[str, str], tuple[Array, Array]]]:
+        rows, back = self.rows, dict(self.rows.sent_back)
+        for key, sent in rows.sent.items() if self._more.any() else ():
             # What is computed again is sent again.
-            back[key] = back.get(key, 0.0) + sent * more
-        self._messages = [{k: (_running(r[0]), _running(r[1])) for k, r in way.items()} for way in (rows.sent, back)]
+            back[key] = back.get(key, 0.0) + sent * self._more
+        return [{k: (_running(r[0]), _running(r[1])) for k, r in way.items()} for way in (rows.sent, back)]
 
     @property
     def seconds(self) -> Array:
@@ -228,6 +271,24 @@ class Table:
         """All operators as one stretch."""
         return self.between([0, len(self.graph.ops)]).pick(0, 1)
 
+    @cached_property
+    def whole_held(self) -> Held:
+        """What all operators hold."""
+        return self.held([0, len(self.graph.ops)]).pick(0, 1)
+
+    def held(self, bounds: Sequence[int]) -> Held:
+        """What every stretch between two of these operators holds; arguments as for `between`."""
+        at = np.array(bounds)
+        entries, sizes, summed = self.weights.between(at)
+        return Held(
+            kept=_differences(self._kept[at]),
+            inside=self._most_inside(at),
+            largest=_most(np.array([self.rows.largest[a:b].max(initial=0.0) for a, b in pairwise(at)])),
+            weights=entries,
+            weight_bytes=sizes,
+            summed=summed,
+        )
+
     def between(self, bounds: Sequence[int]) -> Stretches:
         """What every stretch between two of these operators takes.
 
@@ -235,23 +296,9 @@ class Table:
             bounds: indices of operators, growing; the number of operators stands for the end.
         """
         at = np.array(bounds)
-
-        def of(running: Array) -> Array:
-            found: Array = running[at][None, :] - running[at][:, None]
-            return found
-
-        ways = [{k: (of(c), of(s)) for k, (c, s) in way.items()} for way in self._messages]
-        entries, sizes, summed = self.weights.between(at)
-        return Stretches(
-            **{name: of(running) for name, running in self._sums.items()},
-            inside=self._most_inside(at),
-            largest=_most(np.array([self.rows.largest[a:b].max(initial=0.0) for a, b in pairwise(at)])),
-            weights=entries,
-            weight_bytes=sizes,
-            summed=summed,
-            sent=ways[0],
-            sent_back=ways[1],
-        )
+        ways = [{k: (_differences(c[at]), _differences(s[at])) for k, (c, s) in m.items()} for m in self._messages]
+        sums: dict[str, Any] = {name: _differences(running[at]) for name, running in self._sums.items()}
+        return Stretches(**vars(self.held(bounds)), **sums, sent=ways[0], sent_back=ways[1])
 
     def _most_inside(self, at: Bounds) -> Array:
         if not self._inside.any():
@@ -267,6 +314,11 @@ class Table:
 
 def _running(values: Array) -> Array:
     return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def _differences(running: Array) -> Array:
+    """For each pair of bounds what is between them."""
+    return running[None, :] - running[:, None]
 
 
 def _most(values: Array) -> Array:

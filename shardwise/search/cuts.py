@@ -7,13 +7,15 @@ model's places are thinned out: of each short stretch the one that the fewest by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from shardwise.cost.case import Case
-from shardwise.cost.table import Array, Table
+from shardwise.cost.table import Array, Held, Stretches, Table
 from shardwise.graph.graph import CASTS
 
 _PLACES = 192
@@ -22,6 +24,8 @@ _PACES = 24
 """How many slower paces than the best are tried for a shorter way through all stages."""
 _CEILINGS = 24
 """How many times cuts are looked for whose gradients and updates take less than those before."""
+_TABLES = 16
+"""Tables of which all stretches are held at a time, some megabytes each."""
 _SCORED = 4
 """How many of the cuts found are priced in full."""
 
@@ -32,6 +36,11 @@ def cut_places(table: Table, most: int = _PLACES) -> list[int]:
     Not inside of a recomputed block, which would keep what its two parts are given, and not at a cast, of which a model
     has others in another dtype.
     """
+    return list(_cut_places(table, most))
+
+
+@lru_cache(maxsize=1024)
+def _cut_places(table: Table, most: int) -> tuple[int, ...]:
     graph, blocks = table.graph, table.blocks
     found = [
         op.index for op in graph.ops[1:]
@@ -39,7 +48,7 @@ def cut_places(table: Table, most: int = _PLACES) -> list[int]:
         and (not blocks[op.index] or blocks[op.index] != blocks[op.index - 1])
     ]  # fmt: skip
     if len(found) <= most:
-        return found
+        return tuple(found)
     time = table.seconds
     window = {i: int(time[i] / time[-1] * most) for i in found}
     best: dict[int, int] = {}
@@ -47,7 +56,7 @@ def cut_places(table: Table, most: int = _PLACES) -> list[int]:
         kept = best.setdefault(window[i], i)
         if table.live[i] < table.live[kept]:
             best[window[i]] = i
-    return sorted(best.values())
+    return tuple(sorted(best.values()))
 
 
 def best_cuts(case: Case, chunks: int, limit: float | None = None, *, objective: str = "time") -> list[int] | None:
@@ -67,8 +76,10 @@ def best_cuts(case: Case, chunks: int, limit: float | None = None, *, objective:
         return None
     bounds = [0, *places, len(case.tables[0].graph.ops)]
     grid = _grid(case, bounds, chunks, limit)
+    if grid is None:
+        return None
     if objective == "memory":
-        found = [_through(grid.used, _slowest(grid.used))[1]] if np.isfinite(_slowest(grid.used)) else []
+        found = [_through(grid.used, _slowest(grid.used))[1]]
     else:
         found = _candidates(grid, case.plan.micro_batches)
     cuts = [[bounds[i] for i in path[1:-1]] for path in found]
@@ -85,34 +96,64 @@ class _Grid(NamedTuple):
     used: list[Array]
 
 
-def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -> _Grid:
-    """What every stretch takes as each stage; infinite where it has too little memory."""
+def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -> _Grid | None:
+    """What every stretch takes as each stage; infinite where it has too little memory. None where no stages fit."""
     ranks, n = case.plan.pipeline, len(bounds)
-    stretches = {id(t): t.between(bounds) for t in {id(t): t for t in case.tables}.values()}
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
-    live = np.array([case.tables[0].live[b] for b in bounds])
-    base: dict[tuple[int, int], tuple[Array, Array]] = {}
-    grid = _Grid([], [], [])
-    for stage in range(ranks * chunks):
-        rank = stage % ranks
-        key = (id(case.tables[rank]), id(case.places[rank]))
-        s = stretches[key[0]]
-        if key not in base:
-            times = case.times(rank, s)
-            sends = 2 * case.sends(rank, live)
-            sends[-1] = 0.0  # nothing is carried out of the last
-            shown, _, others = case.reduction(rank, s, times.backward)
-            base[key] = times.forward + times.backward + sends[None, :], sum(others.values(), shown)
-            base[key] = base[key][0], base[key][1] + case.update(rank, s)
-        flight = case.in_flight(rank, ranks * chunks) / chunks
-        used = sum(case.memory(s, flight).values())
-        fixed = case.profile.fixed * (1 + case.profile.reserve)
-        room = np.inf if limit == np.inf else min(case.places[rank].memory, limit or np.inf)
+    kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
+    stage_kinds = [(id(case.tables[stage % ranks]), id(case.places[stage % ranks])) for stage in range(ranks * chunks)]
+    bytes_of = {}
+    for table in {id(t): t for t in case.tables}.values():
+        held = _held(table, tuple(bounds))
+        alone = sum(case.memory(held, 0.0).values())
+        # Memory grows with each micro-batch in flight by as much.
+        bytes_of[id(table)] = alone, sum(case.memory(held, 1.0).values()) - alone
+    fixed = case.profile.fixed * (1 + case.profile.reserve)
+    used, fits = [], []
+    for stage, (table_id, _) in enumerate(stage_kinds):
+        alone, each = bytes_of[table_id]
+        used.append(alone + case.in_flight(stage % ranks, ranks * chunks) / chunks * each)
+        room = np.inf if limit == np.inf else min(case.places[stage % ranks].memory, limit or np.inf)
         # Each of several stages on a rank may use its share.
-        fits = upper & (used <= (room - fixed) / chunks + fixed)
-        for found, values in zip(grid, (*base[key], used), strict=True):
-            found.append(np.where(fits, values, np.inf))
+        fits.append(upper & (used[-1] <= (room - fixed) / chunks + fixed))
+    if not _possible(fits):
+        return None
+    live = np.array([case.tables[0].live[b] for b in bounds])
+    base = {}
+    for kind, rank in kinds.items():
+        s = _stretches(case.tables[rank], tuple(bounds))
+        times = case.times(rank, s)
+        sends = 2 * case.sends(rank, live)
+        sends[-1] = 0.0  # nothing is carried out of the last
+        shown, _, others = case.reduction(rank, s, times.backward)
+        tail = sum(others.values(), shown) + case.update(rank, s)
+        base[kind] = times.forward + times.backward + sends[None, :], tail
+    grid = _Grid([], [], [])
+    for kind, some, fit in zip(stage_kinds, used, fits, strict=True):
+        for found, values in zip(grid, (*base[kind], some), strict=True):
+            found.append(np.where(fit, values, np.inf))
     return grid
+
+
+# The same table is asked for again with another ZeRO stage, or another number of ranks.
+
+
+@lru_cache(maxsize=_TABLES)
+def _held(table: Table, bounds: tuple[int, ...]) -> Held:
+    return table.held(bounds)
+
+
+@lru_cache(maxsize=_TABLES)
+def _stretches(table: Table, bounds: tuple[int, ...]) -> Stretches:
+    return table.between(bounds)
+
+
+def _possible(fits: Sequence[npt.NDArray[np.bool_]]) -> bool:
+    """Whether there are stages that all fit, one behind the other from the first bound to the last."""
+    reached = fits[0][0]
+    for fit in fits[1:]:
+        reached = reached @ fit
+    return bool(reached[-1])
 
 
 def _candidates(grid: _Grid, micros: int) -> list[list[int]]:

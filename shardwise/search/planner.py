@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,17 +120,17 @@ class Planner:
         """
         objective = self.space.options.objective
         found = Found(objective)
-        queue: list[tuple[float, int, Shape]] = []
+        queue: list[tuple[float, int, Shape, float]] = []
         try:
             for shape in self.space.shapes():
                 found.shapes += 1
-                bound, fits = self.bound(shape)
-                if not fits:
+                bound, least = self.bound(shape)
+                if math.isinf(bound):
                     found.small += 1
-                queue.append((bound if fits else math.inf, found.shapes, shape))
+                queue.append((bound, found.shapes, shape, least))
             queue.sort()
             found.bound = queue[0][0] if queue else math.inf
-            for place, (bound, _, shape) in enumerate(queue):
+            for place, (bound, _, shape, _) in enumerate(queue):
                 found.bound = bound if found.best is None else min(bound, found.best.value(objective))
                 if math.isinf(bound) or self._settled(found, bound):
                     break
@@ -141,9 +141,9 @@ class Planner:
                 self._settled(found, math.inf)
                 found.bound = found.best.value(objective) if found.best else math.inf
             if found.best is None:
-                self._nearest(queue, found)
+                self._nearest([(least, shape) for _, _, shape, least in queue], found)
             found.complete = True
-            self._others(queue[place:] if queue else [], found)
+            self._others([shape for bound, _, shape, _ in queue[place:] if math.isfinite(bound)], found)
         except KeyboardInterrupt:
             pass
         return found
@@ -166,26 +166,25 @@ class Planner:
         limit = self.space.options.memory
         return max(priced.estimate.over, priced.estimate.peak - limit if limit is not None else -math.inf)
 
-    def bound(self, shape: Shape) -> tuple[float, bool]:
-        """What no cuts of a shape can beat; and whether some may fit."""
+    def bound(self, shape: Shape) -> tuple[float, float]:
+        """What no cuts of a shape can beat, infinite where none fit; and bytes that some rank needs at least."""
         case = self._case(shape)
         ranks, micros, objective = shape.pipeline, shape.micros, self.space.options.objective
-        limit = self.space.options.memory or math.inf
-        if ranks == 1:
-            alone = Priced(shape.plan(**self._more), case.estimate([]))
-            return alone.value(objective), self.fits(alone)
         kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
+        least = self._least_memory(case, shape, kinds.values())
+        if least > self._room(case):
+            return math.inf, least
+        if objective == "memory":
+            return least, least
+        if ranks == 1:
+            return Priced(shape.plan(**self._more), case.estimate([])).value(objective), least
         counts = Counter((id(t), id(p)) for t, p in zip(case.tables, case.places, strict=True))
-        speed, through, static, rest = 0.0, math.inf, math.inf, math.inf
+        speed, through, rest = 0.0, math.inf, math.inf
         for kind, rank in kinds.items():
-            s = case.tables[rank].whole
-            times = case.times(rank, s)
+            times = case.times(rank, case.tables[rank].whole)
             both = float(times.forward + times.backward)
             speed += counts[kind] / both
             through = min(through, both)
-            items = case.memory(s, 1.0)
-            held = sum(float(items[key]) for key in ("parameters", "gradients", "optimizer"))
-            static = min(static, held / ranks * (1 + case.profile.reserve))
         # Devices that are not alike share a micro-batch by their speed.
         pace = 1 / speed
         for rank in kinds.values():
@@ -195,14 +194,33 @@ class Planner:
             shown, _, others = case.reduction(rank, share, behind)
             more = max(float(shown), *(float(o) for o in others.values()), 0.0)
             rest = min(rest, more + float(case.update(rank, share)))
-        fits = static <= min(max(p.memory for p in case.places), limit)
-        if objective == "memory":
-            return static, fits
         filling = {"zero-bubble": 0.0, "interleaved": (ranks - 1) * pace / shape.chunks}.get(
             shape.schedule, through - pace
         )
         step = micros * pace + max(filling, 0.0) + rest
-        return step * (ranks * shape.data * shape.tensor if objective == "cost" else 1), fits
+        return step * (ranks * shape.data * shape.tensor if objective == "cost" else 1), least
+
+    def _room(self, case: Case) -> float:
+        """Bytes that the largest device gives."""
+        return min(max(p.memory for p in case.places), self.space.options.memory or math.inf)
+
+    def _least_memory(self, case: Case, shape: Shape, ranks: Iterable[int]) -> float:
+        """Bytes that some rank needs however a shape is cut.
+
+        Each rank has some of the weights and of what is kept for backward, the latter once for each micro-batch
+        in flight. With weights y of ranks that add up to 1 the fullest needs the mean by y or more: a share of the
+        model's weights counts with the least y, and a share of what is kept with the least y × flight.
+        """
+        held = [case.tables[rank].whole_held for rank in ranks]
+        items = [(case.memory(s, 0.0), case.memory(s, 1.0)) for s in held]
+        if shape.pipeline == 1:
+            return float(sum(items[0][1].values()))
+        static = min(sum(float(a[key]) for key in ("parameters", "gradients", "optimizer")) for a, _ in items)
+        kept = min(float(b["activations"] - a["activations"]) for a, b in items)
+        stages = shape.pipeline * shape.chunks
+        flight = np.array([case.in_flight(rank, stages) for rank in range(shape.pipeline)]) / shape.chunks
+        least = 1 / np.maximum(1.0, flight[:, None] / flight[None, :]).sum(axis=1)
+        return float(((static + kept * flight) * least).max()) * (1 + case.profile.reserve)
 
     def _settled(self, found: Found, bound: float) -> bool:
         """Whether the best plan beats this bound; a best one whose program cannot be made is dropped."""
@@ -223,17 +241,19 @@ class Planner:
         found.priced.append(priced)
         found.priced.sort(key=lambda p: (p.value(found.objective), p.estimate.step))
 
-    def _others(self, queue: Sequence[tuple[float, int, Shape]], found: Found) -> None:
+    def _others(self, shapes: Sequence[Shape], found: Found) -> None:
         """Price some shapes more, so that there is something to compare the best plan with."""
-        for bound, _, shape in queue[:_LONGEST]:
-            if found.best is None or math.isinf(bound) or len(found.different) > _OTHERS:
+        for shape in shapes[:_LONGEST]:
+            if found.best is None or len(found.different) > _OTHERS:
                 return
             self._price(shape, found)
 
-    def _nearest(self, queue: list[tuple[float, int, Shape]], found: Found) -> None:
-        """Of shapes that do not fit the one that comes nearest."""
-        for _, _, shape in queue:
+    def _nearest(self, shapes: Sequence[tuple[float, Shape]], found: Found) -> None:
+        """Of shapes that do not fit, with the bytes that they need at least, the one that comes nearest."""
+        for least, shape in sorted(shapes, key=lambda each: each[0]):
             case = self._case(shape)
+            if found.tight is not None and least - self._room(case) >= self.missing(found.tight):
+                return
             places = cut_places(case.tables[0])
             stages = shape.pipeline * shape.chunks
             if len(places) < stages - 1 or shape.chunks > 1:

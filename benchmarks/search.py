@@ -112,7 +112,7 @@ def mixtral(batch: int) -> Job:
         config = transformers.MixtralConfig(
             vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
             num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=4096,
-            experts_implementation="batched_mm", use_cache=False,
+            experts_implementation="grouped_mm", use_cache=False,
         )  # fmt: skip
         found: nn.Module = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
         return found

@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "an axis (pipeline, data or tensor) of a given size; 1 forbids it; may be repeated"
     plan.add_argument("--fix", type=_axis, action="append", default=[], metavar="AXIS=N", help=text)
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, which `train --plan` reads")
+    plan.add_argument("--html", type=Path, metavar="FILE", help="write why it is the one as a page for a browser")
 
     verify = command("verify", _verify, "prove that every strategy computes what one device computes")
     _ranks_option(verify)
@@ -213,6 +214,7 @@ def _train(arguments: argparse.Namespace) -> Answer:
 
 def _plan(arguments: argparse.Namespace) -> Answer:
     from shardwise.report.planned import to_dict, why
+    from shardwise.report.planned_html import page
     from shardwise.search.space import Options
 
     job = _job(arguments)
@@ -223,9 +225,13 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     with _progress() as tell:
         plan, explanation = why(job, arguments.cluster or _ranks(arguments), options, tell)
     print(f"{plan.text()}\n{plan.explain()}")
-    if arguments.out is not None:
-        _write(arguments.out, plan.text())
-        print(f"\nwritten to {arguments.out}")
+    written = {arguments.out: plan.text(), arguments.html: page(explanation) if explanation is not None else None}
+    for path, text in written.items():
+        if path is not None and text is not None:
+            _write(path, text)
+            print(f"\nwritten to {path}")
+        elif path is not None:
+            print(f"\n{path} is not written: a model that does not capture has no price to show")
     told = to_dict(explanation) if explanation is not None else None
     return {"plan": json.loads(plan.to_json()), "text": plan.text(), "why": plan.explain(), "explanation": told}, 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -127,10 +128,12 @@ def test_plans_that_do_not_fit(
 
 def test_plan_is_written_and_read_back(spec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "plan.txt"
-    assert main(["plan", f"{spec}:fine", "--ranks", "2", "--out", str(out), "--json"]) == 0
+    page = tmp_path / "why.html"
+    assert main(["plan", f"{spec}:fine", "--ranks", "2", "--out", str(out), "--html", str(page), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert Plan.parse(out.read_text()) == Plan.parse(found["text"]) == Plan.parse(json.dumps(found["plan"]))
     told = found["explanation"]
+    assert escape(found["text"]) in page.read_text() and page.read_text().count("<figure>") == 2
     assert Plan.parse(told["best"]["plan"]) == Plan.parse(found["text"]) and told["best"]["fits"]
     assert all(other["seconds"] >= told["best"]["seconds"] for other in told["others"])
     assert [known["name"].split(",")[0] for known in told["known"]] == [

@@ -77,8 +77,9 @@ class Pricer:
         # With its cluster, so that no other gets the id.
         mesh = tuple((a.name, a.size, a.dims == ("batch",)) for a in plan.axes)
         where = self._once(("places", id(cluster), mesh), lambda: (places(plan, cluster), cluster))[0]
-        tables = [self.table(inner, samples, place.device, plan.recompute, selective) for place in where]
-        return Case(plan, self.profile, tables, where, self.copies)
+        kinds = {id(place): place.device for place in where}
+        tables = {k: self.table(inner, samples, device, plan.recompute, selective) for k, device in kinds.items()}
+        return Case(plan, self.profile, [tables[id(place)] for place in where], where, self.copies)
 
     @cached_property
     def copies(self) -> int:

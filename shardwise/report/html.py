@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from shardwise.report.plots import Bar, Series, bars, lines
@@ -34,23 +34,30 @@ def page(
     parts = [
         f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>",
         _tiles(ran, chosen),
-        _section("The plan that was chosen", _plan(chosen)),
-        _section("Measured", _table(comparison(ran), caption="Every row made the same updates of the same batches.")),
+        section("The plan that was chosen", _plan(chosen)),
+        section("Measured", grid(comparison(ran), caption="Every row made the same updates of the same batches.")),
         *(f"<p>{escape(note)}</p>" for note in notes),
-        _section("Time", _time(ran)),
-        _section("Memory", _memory(ran)),
-        _section("Loss", _losses(ran)),
-        _section("What the ranks sent", "".join(map(_traffic, ran[1:]))),
-        _section("All plans", "".join(map(_details, runs[1:]))),
+        section("Time", _time(ran)),
+        section("Memory", _memory(ran)),
+        section("Loss", _losses(ran)),
+        section("What the ranks sent", "".join(map(_traffic, ran[1:]))),
+        section("All plans", "".join(map(_details, runs[1:]))),
     ]
     if sample:
         prompt, text = sample
         quoted = f"<pre><b>{escape(prompt)}</b>{escape(text)}</pre>"
         said = "<p>After this short training, given what is in bold:</p>"
-        parts.append(_section("What the model writes", said + quoted))
+        parts.append(section("What the model writes", said + quoted))
     if facts:
-        rows = [["", ""], *([name, value] for name, value in facts.items())]
-        parts.append(_section("Made with", _table(rows, heads=False)))
+        parts.append(section("Made with", listed(facts.items())))
+    return document(title, parts)
+
+
+# --- pieces of any page -----------------------------------------------------------------------------------------------
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page of these parts."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -59,23 +66,51 @@ def page(
     )
 
 
-# --- sections ---------------------------------------------------------------------------------------------------------
-
-
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """A part with a heading."""
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def tiles(each: Sequence[tuple[str, str]]) -> str:
+    """Figures that are seen first, each with what it is."""
+    cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in each)
+    return f'<div class="tiles">{cells}</div>'
+
+
+def listed(facts: Iterable[tuple[str, str]]) -> str:
+    """Names and what is told of them."""
+    return grid([["", ""], *([name, told] for name, told in facts)], heads=False)
+
+
+def grid(
+    rows: Sequence[Sequence[str]], *, caption: str = "", left: int = 1, heads: bool = True, last: bool = False
+) -> str:
+    """A table; its first row names the columns, of which those from `left` on are numbers, unless the `last` is not."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        numbers = range(left, len(row) - last) if heads else ()
+        kinds = [' class="n"' if i in numbers else "" for i in range(len(row))]
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+
+    top = f"<thead><tr>{cells(rows[0], 'th')}</tr></thead>" if heads else ""
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows[1:])
+    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f'<div class="wide"><table>{said}{top}<tbody>{body}</tbody></table></div>'
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
 
 
 def _tiles(ran: Sequence[Measured], chosen: Measured) -> str:
     one, others = ran[0], list(ran[1:])
-    tiles = [
-        (duration(chosen.seconds), f"a step, {chosen.name}"),
-        (times(one.seconds / chosen.seconds), f"as fast as {one.name}"),
-        (percent(chosen.communication), "of a step in communication alone"),
-        (small(max((r.difference(one) for r in others), default=math.nan)), "largest loss difference of all"),
-    ]
-    cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in tiles)
-    return f'<div class="tiles">{cells}</div>'
+    return tiles(
+        [
+            (duration(chosen.seconds), f"a step, {chosen.name}"),
+            (times(one.seconds / chosen.seconds), f"as fast as {one.name}"),
+            (percent(chosen.communication), "of a step in communication alone"),
+            (small(max((r.difference(one) for r in others), default=math.nan)), "largest loss difference of all"),
+        ]
+    )
 
 
 def _plan(run: Measured) -> str:
@@ -123,7 +158,7 @@ def _distances(run: Measured, one: Measured) -> list[float]:
 
 def _traffic(run: Measured) -> str:
     rows = traffic_rows(run.traffic)
-    return _table(rows, caption=f"{run.name}: collectives of one step on rank 0, and the bytes it hands in.", left=2)
+    return grid(rows, caption=f"{run.name}: collectives of one step on rank 0, and the bytes it hands in.", left=2)
 
 
 def _details(run: Measured) -> str:
@@ -132,25 +167,14 @@ def _details(run: Measured) -> str:
     return f"<details><summary>{escape(run.name)}</summary>{_plan(run)}</details>"
 
 
-def _table(rows: Sequence[Sequence[str]], *, caption: str = "", left: int = 1, heads: bool = True) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        kinds = ["" if i < left or not heads else ' class="n"' for i in range(len(row))]
-        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
-
-    top = f"<thead><tr>{cells(rows[0], 'th')}</tr></thead>" if heads else ""
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows[1:])
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{said}{top}<tbody>{body}</tbody></table></div>'
-
-
 _STYLE = """
 :root { --paper:#fff; --ink:#1b1f24; --soft:#57606a; --line:#d5dae0; --box:#f4f6f8;
   --c0:#3b424a; --c1:#0072b2; --c2:#c2510a; --c3:#00795a; --c4:#9c3f86; --c5:#8a6a00; --c6:#b3263a; --c7:#5a54c4;
-  --p0:#0072b2; --p1:#c8691a; }
+  --p0:#0072b2; --p1:#c8691a; --p2:#7b858f; --p3:#00795a; --p4:#9c3f86; --p5:#8a6a00; }
 @media (prefers-color-scheme: dark) { :root {
   --paper:#14171b; --ink:#e8ebee; --soft:#a3adb8; --line:#39414a; --box:#1e2328;
   --c0:#c8ced6; --c1:#56b4e9; --c2:#ff9a56; --c3:#3fce9c; --c4:#e796d3; --c5:#e6c44c; --c6:#ff7a86; --c7:#a9a4ff;
-  --p0:#56b4e9; --p1:#c96f1d; } }
+  --p0:#56b4e9; --p1:#c96f1d; --p2:#8f99a4; --p3:#3fce9c; --p4:#e796d3; --p5:#e6c44c; } }
 * { box-sizing:border-box; }
 body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.55 system-ui,sans-serif; }
 main { max-width:860px; margin:0 auto; padding:32px 20px 64px; }
@@ -166,7 +190,8 @@ table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums;
 caption { text-align:left; padding-bottom:.4em; font-size:.95rem; }
 th, td { text-align:left; padding:6px 10px; border-bottom:1px solid var(--line); vertical-align:top; }
 th { font-weight:600; }
-td:first-child { white-space:nowrap; }
+td:first-child { min-width:5.5em; }
+td:first-child:empty { min-width:0; }
 th.n, td.n { text-align:right; white-space:nowrap; }
 pre { background:var(--box); border-radius:8px; padding:14px 16px; overflow-x:auto; font-size:.88rem;
   white-space:pre-wrap; overflow-wrap:anywhere; }

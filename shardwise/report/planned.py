@@ -53,64 +53,80 @@ def why(
 
 def page(e: Explanation) -> str:
     """An explanation as text."""
-    best = e.found.best
-    head = f"{e.job} on {e.cluster.name} ({_devices(e.cluster.ranks)}), {e.batch:,} samples a step"
-    parts = [head, _choice(e, best) if best is not None else nothing(e)]
-    if e.others and best is not None:
-        rows = [["", "another plan", "a step", "memory", "loses", "where"]]
-        for place, other in enumerate(e.others, 2):
-            rows.append([str(place), title(other), *_cells(other), *_loss(other, best)])
-        parts.append(table(rows, left=2, last=True))
-    if e.known:
-        rows = [["well-known", "its best plan", "a step", "memory", "loses", "where"]]
-        parts.append(table(rows + [_known(known, best) for known in e.known], left=2, last=True))
-    if e.changes and best is not None:
-        rows = [["if there were", "the best plan", "a step", "gains"]]
-        for name, changed in e.changes.items():
-            if changed is not None:
-                gained = percent(1 - changed.estimate.step / best.estimate.step)
-                same = "the same" if changed.plan == best.plan else title(changed)
-                rows.append([name, same, duration(changed.estimate.step), gained])
-        parts.append(table(rows, left=2))
+    if e.found.best is None:
+        parts = [head(e), nothing(e)]
+    else:
+        lines = [f"  {title(e.found.best)}", *(f"  {name:<13}{told}" for name, told in facts(e))]
+        parts = [head(e), "\n".join(lines)]
+    shown = ((others(e), True), (well_known(e), True), (changed(e), False))
+    parts += [table(rows, left=2, last=last) for rows, last in shown if len(rows) > 1]
     return "\n\n".join(parts)
 
 
-def _choice(e: Explanation, best: Priced) -> str:
+def head(e: Explanation) -> str:
+    """What was planned, and where."""
+    return f"{e.job} on {e.cluster.name} ({_devices(e.cluster.ranks)}), {e.batch:,} samples a step"
+
+
+def facts(e: Explanation) -> list[tuple[str, str]]:
+    """What there is to know of the best plan, by name."""
+    best, found = e.found.best, e.found
+    assert best is not None
     estimate = best.estimate
     items = sorted(estimate.seconds.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {duration(s)}" for name, s in items if s > 0)
-    lines = [f"  {title(best)}", f"  a step       {duration(estimate.step)}: {told}"]
+    lines = [("a step", f"{duration(estimate.step)}: {told}")]
     if any(estimate.hidden.values()):
         hidden = ", ".join(f"{axis} {duration(s)}" for axis, s in estimate.hidden.items() if s)
-        lines.append(f"  hidden       communication behind computing: {hidden}")
+        lines.append(("hidden", f"communication behind computing: {hidden}"))
     fullest = max(range(len(estimate.ranks)), key=lambda r: sum(estimate.ranks[r].values()))
     sizes = sorted(estimate.ranks[fullest].items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {size(b)}" for name, b in sizes if b)
-    lines.append(f"  memory       {size(estimate.peak)} of {size(estimate.limits[fullest])}: {told}")
+    lines.append(("memory", f"{size(estimate.peak)} of {size(estimate.limits[fullest])}: {told}"))
     if e.alone is not None:
         fewest, ratio = e.alone.plan.ranks, e.alone.estimate.step / estimate.step
-        ideal = e.cluster.ranks / fewest
-        lines.append(
-            f"  speed-up     {times(ratio)} over {_devices(fewest)}, the fewest that it fits; "
-            f"{percent(ratio / ideal)} of {ideal:g}×"
-        )
+        part = f"{percent(ratio / (e.cluster.ranks / fewest))} of {e.cluster.ranks / fewest:g}×"
+        lines.append(("speed-up", f"{times(ratio)} over {_devices(fewest)}, the fewest that it fits; {part}"))
     sent = sum(s for item, s in estimate.seconds.items() if item.startswith("communication"))
-    compute = estimate.seconds["compute"]
     if sent:
-        lines.append(f"  computing    {compute / sent:,.1f} times as long as communication that nothing hides")
+        ratio = estimate.seconds["compute"] / sent
+        lines.append(("computing", f"{ratio:,.1f} times as long as communication that nothing hides"))
     share = estimate.seconds.get(e.binding)
     part = "" if share is None else f", {percent(share / estimate.step)} of a step"
-    lines.append(f"  limited by   {e.binding}{part}")
-    found = e.found
+    lines.append(("limited by", f"{e.binding}{part}"))
+    gap = percent(found.gap)
     if found.complete:
-        lines.append(
-            f"  searched     {found.shapes:,} shapes, {found.small:,} of them too large; "
-            f"no plan of them is faster by more than {percent(found.gap)}"
-        )
+        large = f"{found.shapes:,} shapes, {found.small:,} of them too large"
+        lines.append(("searched", f"{large}; no plan of them is faster by more than {gap}"))
     else:
-        gap = percent(found.gap)
-        lines.append(f"  interrupted  the best so far; of {found.shapes:,} shapes none is faster by more than {gap}")
-    return "\n".join(lines)
+        lines.append(("interrupted", f"the best so far; of {found.shapes:,} shapes none is faster by more than {gap}"))
+    return lines
+
+
+def others(e: Explanation) -> list[list[str]]:
+    """A table of the best plans that are split differently; its first row names the columns."""
+    rows = [["", "another plan", "a step", "memory", "loses", "where"]]
+    if e.found.best is not None:
+        for place, other in enumerate(e.others, 2):
+            rows.append([str(place), title(other), *_cells(other), *_loss(other, e.found.best)])
+    return rows
+
+
+def well_known(e: Explanation) -> list[list[str]]:
+    """A table of the well-known strategies."""
+    rows = [["well-known", "its best plan", "a step", "memory", "loses", "where"]]
+    return rows + [_known(known, e.found.best) for known in e.known]
+
+
+def changed(e: Explanation) -> list[list[str]]:
+    """A table of what other machines would do."""
+    rows, best = [["if there were", "the best plan", "a step", "gains"]], e.found.best
+    for name, other in (e.changes or {}).items():
+        if other is not None and best is not None:
+            gained = percent(1 - other.estimate.step / best.estimate.step)
+            same = "the same" if other.plan == best.plan else title(other)
+            rows.append([name, same, duration(other.estimate.step), gained])
+    return rows
 
 
 def nothing(e: Explanation) -> str:

@@ -12,6 +12,7 @@ COLOURS = 8
 
 _WIDTH = 720
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 18, 14, 52
+_THICK, _LONG = 26, 30
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def lines(
 
 
 def bars(rows: Sequence[Bar], *, parts: Sequence[str], title: str, x_label: str) -> str:
-    """Horizontal bars of one part or of several, one below the other."""
-    step, left = 38, 10 + 7.4 * max((len(r.name) for r in rows), default=0)
+    """Horizontal bars of one part or of several, one below the other; long names stand above their bars."""
+    longest = max((len(r.name) for r in rows), default=0)
+    above = longest > _LONG
+    step, left = (58, 10.0) if above else (38, 10 + 7.4 * longest)
     right = 20 + 7.2 * max((len(r.note) for r in rows), default=0)
     height = step * len(rows) + _TOP + _BOTTOM
     largest = max((sum(r.parts) for r in rows), default=0.0) or 1.0
@@ -87,14 +90,15 @@ def bars(rows: Sequence[Bar], *, parts: Sequence[str], title: str, x_label: str)
     middle = (left + _WIDTH - right) / 2
     body.append(f'<text x="{middle:.0f}" y="{height - 10}" text-anchor="middle">{escape(x_label)}</text>')
     for i, row in enumerate(rows):
-        y = _TOP + i * step + 6
-        middle = y + (step - 12) / 2 + 4
-        body.append(f'<text x="{left - 8:.1f}" y="{middle}" text-anchor="end" class="strong">{escape(row.name)}</text>')
+        y = _TOP + i * step + (26 if above else 6)
+        middle = y + _THICK / 2 + 4
+        name = f'x="{left}" y="{y - 6}"' if above else f'x="{left - 8:.1f}" y="{middle}" text-anchor="end"'
+        body.append(f'<text {name} class="strong">{escape(row.name)}</text>')
         at = 0.0
         for j, part in enumerate(row.parts):
             width = across(at + part) - across(at)
             body.append(
-                f'<rect x="{across(at):.1f}" y="{y}" width="{max(width, 0):.1f}" height="{step - 12}" '
+                f'<rect x="{across(at):.1f}" y="{y}" width="{max(width, 0):.1f}" height="{_THICK}" '
                 f'fill="var(--p{j})"><title>{escape(parts[j])}: {short(part)}</title></rect>'
             )
             at += part

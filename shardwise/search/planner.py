@@ -121,6 +121,7 @@ class Planner:
         objective = self.space.options.objective
         found = Found(objective)
         queue: list[tuple[float, int, Shape, float]] = []
+        place = 0
         try:
             for shape in self.space.shapes():
                 found.shapes += 1

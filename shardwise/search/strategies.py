@@ -63,6 +63,7 @@ class Maker:
         self.job, self.graph, self._given = job, graph, cluster
         self.pricer = Pricer(graph, replace(PROFILES["shardwise"], state=state_bytes(job)))
         self._dims: dict[int, tuple[str, ...]] = {}
+        self._groups: dict[int, list[tuple[str, ...]]] = {}
         self._here: dict[int, Cluster] = {}
         self._twins = twins(graph)
 
@@ -147,11 +148,15 @@ class Maker:
         """
         if ranks in self._dims:
             return self._dims[ranks]
-        found = groups(self.graph, ranks, self._twins)
+        found = self._groups_of(ranks)
         if not found:
             raise NotApplicable(f"{ranks} divides no dim of the model's operators with parameters")
 
-        cluster = self.cluster(ranks)
+        cluster, half = self.cluster(ranks), ranks // 2
+        if cluster.nodes[0].devices <= half and half in self._dims and self._groups_of(half) == found:
+            # Both leave the node: the same dims, over links of the same kind.
+            self._dims[ranks] = self._dims[half]
+            return self._dims[ranks]
         # Where no dim pays on these links, those are taken that would pay on links as fast as inside a node.
         for links in (cluster, cluster.with_links(10, instant=True)):
             chosen = choose_dims(found, self._costs(ranks, links))
@@ -162,8 +167,13 @@ class Maker:
 
     def sequence_dims(self, ranks: int) -> tuple[str, ...]:
         """The dims of sequences that a tensor axis of so many ranks can split."""
-        found = groups(self.graph, ranks, self._twins)
+        found = self._groups_of(ranks)
         return tuple(d for group in found for d in group if all(n.startswith(SEQUENCE) for n in group))
+
+    def _groups_of(self, ranks: int) -> list[tuple[str, ...]]:
+        if ranks not in self._groups:
+            self._groups[ranks] = groups(self.graph, ranks, self._twins)
+        return self._groups[ranks]
 
     def _costs(self, ranks: int, cluster: Cluster) -> Callable[[tuple[str, ...]], dict[str, float]]:
         """Seconds of computing and of sending, for dims that so many ranks split."""

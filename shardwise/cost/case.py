@@ -210,7 +210,8 @@ class Case:
         hidden[DATA] = hidden.get(DATA, 0.0) + float(slowest[1])
         for axis, more in slowest[2].items():
             sent[axis] = sent.get(axis, 0.0) + float(more)
-        seconds = {"compute": compute, "overhead": waits}
+        step = self.places[0].device.step
+        seconds = {"compute": compute, "overhead": waits + (step.value if step is not None else 0.0)}
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
         seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
         memory = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -138,6 +138,8 @@ class Work:
         moved = sum(read.values()) + out + inside
         grads = sum(size for v, size in read.items() if v in graph.needs_grad)
         calls = int(kind != NOTHING and (kind != MEMORY or self.fused == "none" or out > 0))
+        if op in self._biases:
+            moved, calls = 0.0, 0
         learned = any(v in graph.learned for v in op.outputs)
         if kind == NOTHING or (self.prepared and not learned):
             moved = grads = flops = 0.0
@@ -160,6 +162,18 @@ class Work:
             else:
                 found[op] = NOTHING if is_view(op) else MEMORY
         return found
+
+    @cached_property
+    def _biases(self) -> Collection[Op]:
+        """Additions of a bias that run inside of the product before them; what fuses more has them anyway."""
+        if self.fused != "none":
+            return ()
+        learned, producer = set(self.graph.params.values()), self.graph.producer
+        return {
+            op for op in self.graph.ops
+            if op.name == "aten.add" and len(op.inputs) == 2 and op.inputs[1] in learned and op.inputs[0] in producer
+            and self.kinds[producer[op.inputs[0]]] == PRODUCT and len(self._readers[op.inputs[0]]) == 1
+        }  # fmt: skip
 
     @cached_property
     def _levels(self) -> Mapping[Op, int]:

@@ -38,9 +38,9 @@ from shardwise.search.strategies import Maker, maker_of
 
 RESULTS = Path(__file__).parent / "results" / "regret.json"
 RANKS = {"local": (1, 2, 4), "1gbit": (2,), "100mbit": (2,)}
-MOST = {"local": 14, "1gbit": 8, "100mbit": 8}
+MOST = {"local": 12, "1gbit": 7, "100mbit": 6}
 """Plans of one row that are measured."""
-SECONDS = {"local": 30.0, "1gbit": 40.0, "100mbit": 60.0}
+SECONDS = {"local": 20.0, "1gbit": 25.0, "100mbit": 30.0}
 """After which no more rounds over a row's plans begin."""
 ROOM = 5e9
 """Bytes that plans held at once may take on all ranks together."""

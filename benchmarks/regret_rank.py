@@ -30,6 +30,8 @@ from shardwise.plan.plan import Plan
 WARM_UP, ALL, MORE = 2, 3, 6
 """Steps of a plan that are not counted, rounds over all plans, and rounds over those near the fastest."""
 NEAR = 1.15
+DISTURBED, TICK = 0.1, 0.02
+"""Processors that other programs may keep busy in a step that counts; and seconds that the system's clock is coarse by."""
 MEMORY_STEPS = 2
 
 
@@ -51,48 +53,75 @@ def measure(name: str, plans: list[str], weighed: list[str], together: int, seco
     graph = Graph.of(job)
     batches = [job.batch(range(i * job.global_batch, (i + 1) * job.global_batch)) for i in range(2)]
     found: list[list[float]] = []
-    began = time.monotonic()
     for start in range(0, len(plans), together):
-        share = seconds * (start + together) / len(plans)
-        found += _in_turns(job, graph, plans[start : start + together], batches, began + share)
+        part = plans[start : start + together]
+        found += _in_turns(job, graph, part, batches, seconds * len(part) / len(plans))
     sizes = [_weigh(job, graph, Plan.parse(text), batches) for text in weighed]
     return {"seconds": found, "bytes": sizes}
 
 
-def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], until: float) -> list[list[float]]:
+def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], seconds: float) -> list[list[float]]:
     engines = [parallelize(job, Plan.parse(text), graph=graph) for text in plans]
-    times: list[list[float]] = [[] for _ in engines]
+    calm: list[list[float]] = [[] for _ in engines]
+    disturbed: list[list[float]] = [[] for _ in engines]
     for engine in engines:
         for k in range(WARM_UP):
             engine.step(batches[k % 2])
     gc.collect()
     gc.disable()
+    until = time.monotonic() + seconds
     try:
-        for k in range(ALL + MORE):
-            middles = [statistics.median(t) if t else 0.0 for t in times]
-            near = [i for i, m in enumerate(middles) if k < ALL or m <= NEAR * min(middles)]
-            go = torch.tensor([float(k < 1 or time.monotonic() < until), *(float(i in near) for i in range(len(times)))])
-            if dist.get_world_size() > 1:
-                dist.broadcast(go, 0)
-            if not go[0]:
+        for k in range(4 * (ALL + MORE)):
+            middles = [statistics.median(c or d) if c or d else 0.0 for c, d in zip(calm, disturbed, strict=True)]
+            near = NEAR * min(middles)
+            go = [
+                len(times) < ALL + (MORE if middle <= near else 0)
+                for times, middle in zip(calm, middles, strict=True)
+            ]
+            if not _agreed(any(go) and (k < ALL or time.monotonic() < until), go):
                 break
-            for i in range(len(times)):
-                if go[1 + i]:
-                    times[i].append(_step(engines[i], batches[k % 2]))
+            for i, engine in enumerate(engines):
+                if go[i]:
+                    taken, other = _step(engine, batches[k % 2])
+                    (disturbed if other > DISTURBED else calm)[i].append(taken)
     finally:
         gc.enable()
-    return times
+    return [c if len(c) >= 2 else c + d for c, d in zip(calm, disturbed, strict=True)]
 
 
-def _step(engine: Any, batch: Any) -> float:
+def _agreed(on: bool, go: list[bool]) -> bool:
+    """What rank 0 says: whether to go on, and in `go` with which."""
+    told = torch.tensor([on, *go], dtype=torch.int8)
+    if dist.get_world_size() > 1:
+        dist.broadcast(told, 0)
+    go[:] = [bool(x) for x in told[1:]]
+    return bool(told[0])
+
+
+def _step(engine: Any, batch: Any) -> tuple[float, float]:
+    """Seconds of a step until the last rank is done; and how many processors other programs kept busy meanwhile."""
     many = dist.get_world_size() > 1
     if many:
         dist.barrier()
-    began = time.perf_counter()
+    own, busy, began = time.process_time(), _busy(), time.perf_counter()
     engine.step(batch)
     if many:
         dist.barrier()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    others = _busy() - busy
+    worked = torch.tensor(time.process_time() - own, dtype=torch.float64)
+    if many:
+        dist.all_reduce(worked)
+    return seconds, max(0.0, others - float(worked) - TICK) / seconds
+
+
+def _busy() -> float:
+    """Seconds that all processors together have spent on programs."""
+    try:
+        words = Path("/proc/stat").read_text().split(maxsplit=4)
+    except OSError:
+        return 0.0
+    return sum(int(word) for word in words[1:4]) / os.sysconf("SC_CLK_TCK")
 
 
 def _weigh(job: Job, graph: Graph, plan: Plan, batches: list[Any]) -> list[float]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardwise.cost.place import DATA
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 from shardwise.graph.saved import Saved
@@ -249,6 +250,11 @@ class Work:
                 scores = op.context.inputs[0].value
                 size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
                 forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
+        if op.name in _BATCH_NORMS:
+            # Over the ranks that split the batch: mean, squares and count of each channel; then two gradients.
+            channels = op.outputs[0].sizes[1].at(1) * 4
+            forward.append(Message(DATA, "all_gather", 3 * channels))
+            backward.append(Message(DATA, "all_reduce", 2 * channels))
         return tuple(forward), tuple(backward)
 
     @cached_property
@@ -356,4 +362,5 @@ def is_view(op: Op) -> bool:
 
 
 _VIEWS = {"aten.reshape", "aten.flatten", "aten.unflatten", "aten.contiguous", "aten.dropout", "aten._unsafe_view"}
+_BATCH_NORMS = {"aten._native_batch_norm_legit", "aten._native_batch_norm_legit_functional", "aten.batch_norm"}
 _FREE_BACK = {"aten.add", "aten.sub"}

@@ -25,9 +25,11 @@ from shardwise.measure.probes import curves, rates, timed
 
 SECONDS = 75.0
 """That measuring may take, about, besides the start of ranks."""
-_SMALL, _LARGE = 1 << 10, (1 << 20, 1 << 22, 1 << 24)
-"""Bytes of the tensors whose collectives are timed: for the latency, and for the bandwidth."""
-_REPEATED = 15
+_SMALL, _LARGE = 1 << 10, 25 << 20
+"""Bytes of the tensors whose collectives are timed: for the latency, and, a bucket of gradients, for the bandwidth."""
+_REPEATED = 20
+_SIDE = {"cpu": 512, "cuda": 4096}
+"""Of the matrices whose product ranks compute before each collective, a few milliseconds."""
 
 
 def discover(seconds: float = SECONDS, tell: Callable[[str], None] = lambda _: None) -> Cluster:
@@ -85,18 +87,23 @@ def collectives(group_size: int, backend: Backend) -> dict[str, tuple[float, flo
     """Seconds of an empty collective and of each byte, by kind, over groups of so many neighbouring ranks.
 
     All groups measure at once. The size is that of the whole tensor; of what a rank sends for "send" and "all_to_all".
+    Ranks compute before each, as they do in a step: they come to it at different times, from busy processors, and what
+    they wait for each other is part of what it takes.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     # Every rank makes every group.
     starts = range(0, world, group_size)
     group = [dist.new_group(list(range(start, start + group_size))) for start in starts][rank // group_size]
     first = rank // group_size * group_size
-    runs = {size: _runs(size, group, group_size, first, backend.device()) for size in (_SMALL, *_LARGE)}
+    runs = {size: _runs(size, group, group_size, first, backend.device()) for size in (_SMALL, _LARGE)}
     samples: dict[tuple[str, int], list[float]] = {}
+    matrix = torch.randn(_SIDE[backend.device_type], _SIDE[backend.device_type], device=backend.device())
     for k in range(_REPEATED):  # in turns, so that what disturbs one disturbs all
         for size, kinds in runs.items():
             for kind, run in kinds.items():
                 dist.barrier(group)
+                torch.mm(matrix, matrix)
+                backend.synchronize()
                 start = time.perf_counter()
                 run()
                 backend.synchronize()
@@ -104,10 +111,9 @@ def collectives(group_size: int, backend: Backend) -> dict[str, tuple[float, flo
                     samples.setdefault((kind, size), []).append(time.perf_counter() - start)
     found = {}
     for kind in COLLECTIVES:
-        seconds = {size: _slowest(statistics.median(samples[kind, size]), group, backend) for size in runs}
+        seconds = {size: _mean(statistics.median(samples[kind, size]), group, backend) for size in runs}
         fixed = seconds[_SMALL]
-        # Of the large ones the median slope, so that neither page faults nor a cache decides.
-        each = statistics.median((seconds[size] - fixed) / size for size in _LARGE)
+        each = (seconds[_LARGE] - fixed) / _LARGE
         found[kind] = fixed, max(each, 1e-15)
     dist.destroy_process_group(group)
     return found
@@ -138,10 +144,10 @@ def _runs(size: int, group: Any, ranks: int, first: int, device: torch.device) -
     }
 
 
-def _slowest(seconds: float, group: Any, backend: Backend) -> float:
+def _mean(seconds: float, group: Any, backend: Backend) -> float:
     found = torch.tensor(seconds, dtype=torch.float64, device=backend.device())
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return float(found)
+    dist.all_reduce(found, group=group)
+    return float(found) / dist.get_world_size(group)
 
 
 class _Nothing(torch.nn.Module):

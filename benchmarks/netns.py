@@ -61,7 +61,22 @@ def link(rate: str) -> Iterator[tuple[str, str]]:
             _run(*inside, "ip", "address", "add", f"10.213.7.{number}/24", "dev", "sw0")
             _run(*inside, "ip", "link", "set", "lo", "up")
             _run(*inside, "ip", "link", "set", "sw0", "up")
-            _run(*inside, "tc", "qdisc", "add", "dev", "sw0", "root", "tbf", "rate", rate, "burst", "256kb", "latency", "100ms")
+            _run(
+                *inside,
+                "tc",
+                "qdisc",
+                "add",
+                "dev",
+                "sw0",
+                "root",
+                "tbf",
+                "rate",
+                rate,
+                "burst",
+                "256kb",
+                "latency",
+                "100ms",
+            )
         yield names
     finally:
         for name in names:
@@ -95,7 +110,8 @@ def run(names: tuple[str, str], module: str, task: Mapping[str, Any], ranks: int
                 environment = {
                     **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % each),
                     "LOCAL_WORLD_SIZE": str(each), "MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(_PORT),
-                    "GLOO_SOCKET_IFNAME": "sw0", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "SHARDWISE_DEVICE": "cpu",
+                    "GLOO_SOCKET_IFNAME": "sw0", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                    "SHARDWISE_DEVICE": "cpu",
                 }  # fmt: skip
                 command = ["ip", "netns", "exec", names[rank // each], sys.executable, "-m", module, str(given)]
                 processes.append(subprocess.Popen(command, env=environment, start_new_session=True))

@@ -38,9 +38,9 @@ from shardwise.search.strategies import Maker, maker_of
 
 RESULTS = Path(__file__).parent / "results" / "regret.json"
 RANKS = {"local": (1, 2, 4), "1gbit": (2,), "100mbit": (2,)}
-MOST = {"local": 12, "1gbit": 7, "100mbit": 6}
+MOST = {"local": 8, "1gbit": 5, "100mbit": 4}
 """Plans of one row that are measured."""
-SECONDS = {"local": 20.0, "1gbit": 25.0, "100mbit": 30.0}
+SECONDS = {"local": 14.0, "1gbit": 12.0, "100mbit": 12.0}
 """After which no more rounds over a row's plans begin."""
 ROOM = 5e9
 """Bytes that plans held at once may take on all ranks together."""
@@ -87,9 +87,6 @@ HEAD = (
     f"{'workload':10} {'link':8} {'n':>2}  {'pick ms':>8} {'best ms':>8} {'regret':>7}  {'foretold':>8} {'error':>7}  "
     f"{'memory':>7}  {'plans':10}  pick"
 )
-
-
-# --- plans ------------------------------------------------------------------------------------------------------------
 
 
 def chosen(planner: Planner, most: int) -> tuple[Priced, list[Priced], int, dict[str, int]]:
@@ -140,9 +137,6 @@ def named(priced: Priced) -> str:
     if plan.recompute:
         words.append("recompute")
     return ", ".join(dict.fromkeys(words))
-
-
-# --- one row ----------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -223,9 +217,6 @@ def slow_cluster(names: tuple[str, str], link: str, ranks: int) -> Cluster:
     return Cluster(f"2 nodes over {link}", (Node(ranks // 2, kind, joins),) * 2)
 
 
-# --- on the command line ----------------------------------------------------------------------------------------------
-
-
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Medians and worst of all rows, against the goals."""
     regrets = [r["regret"] for r in rows]
@@ -233,7 +224,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     memory = [r["predicted_bytes"] / r["picked_bytes"] - 1 for r in rows]
     every = [abs(p["predicted_s"] / p["measured_s"] - 1) for r in rows for p in r["plans"]]
     return (
-        f"{len(rows)} rows: regret median {statistics.median(regrets):.1%} (goal 3 %), worst {max(regrets):.1%} (10 %); "
+        f"{len(rows)} rows: regret median {statistics.median(regrets):.1%} (goal 3 %), "
+        f"worst {max(regrets):.1%} (10 %); "
         f"step error of picks median {statistics.median(errors):.1%} (10 %), of all {len(every)} plans "
         f"{statistics.median(every):.1%}; memory error median {statistics.median(map(abs, memory)):.1%} (5 %), "
         f"lowest {min(memory):+.1%} (-5 %)"

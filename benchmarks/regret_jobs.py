@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from benchmarks.search import UNet
-from benchmarks.workloads import Block, Dense, Embed, Features, Head, Layered, Tokens, lstm, resnet
+from benchmarks.workloads import Block, Dense, Embed, Head, Layered, Tokens, lstm, resnet
 from shardwise.job import Job
 
 

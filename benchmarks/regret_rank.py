@@ -27,11 +27,11 @@ from shardwise.job import Job
 from shardwise.measure.machine import collectives
 from shardwise.plan.plan import Plan
 
-WARM_UP, ALL, MORE = 2, 3, 6
-"""Steps of a plan that are not counted, rounds over all plans, and rounds over those near the fastest."""
+ALL, MORE, TURN = 3, 5, 2
+"""Steps of every plan and further ones of those near the fastest that are counted, and how many of them in one turn."""
 NEAR = 1.15
 DISTURBED, TICK = 0.1, 0.02
-"""Processors that other programs may keep busy in a step that counts; and seconds that the system's clock is coarse by."""
+"""Processors that other programs may keep busy in a step that counts; and seconds by which the system counts."""
 MEMORY_STEPS = 2
 
 
@@ -65,25 +65,25 @@ def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], seco
     calm: list[list[float]] = [[] for _ in engines]
     disturbed: list[list[float]] = [[] for _ in engines]
     for engine in engines:
-        for k in range(WARM_UP):
-            engine.step(batches[k % 2])
+        engine.step(batches[0])
     gc.collect()
     gc.disable()
     until = time.monotonic() + seconds
     try:
-        for k in range(4 * (ALL + MORE)):
+        for k in range(ALL + MORE):
             middles = [statistics.median(c or d) if c or d else 0.0 for c, d in zip(calm, disturbed, strict=True)]
             near = NEAR * min(middles)
             go = [
-                len(times) < ALL + (MORE if middle <= near else 0)
-                for times, middle in zip(calm, middles, strict=True)
+                len(times) < ALL + (MORE if middle <= near else 0) for times, middle in zip(calm, middles, strict=True)
             ]
-            if not _agreed(any(go) and (k < ALL or time.monotonic() < until), go):
+            if not _agreed(any(go) and (k < 1 or time.monotonic() < until), go):
                 break
             for i, engine in enumerate(engines):
-                if go[i]:
-                    taken, other = _step(engine, batches[k % 2])
-                    (disturbed if other > DISTURBED else calm)[i].append(taken)
+                # The first step of a turn finds the memory as another plan left it.
+                for again in range(go[i] * (1 + TURN)):
+                    taken, other = _step(engine, batches[again % 2])
+                    if again:
+                        (disturbed if other > DISTURBED else calm)[i].append(taken)
     finally:
         gc.enable()
     return [c if len(c) >= 2 else c + d for c, d in zip(calm, disturbed, strict=True)]

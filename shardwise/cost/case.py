@@ -110,7 +110,11 @@ class Case:
         if step is None:
             return 0.0
         # The loss and its count are summed over the ranks that have parts of them.
-        sums = [self.places[0].routes[axis].parts("all_reduce")[0] for axis in (DATA, PIPELINE) if axis in self.places[0].routes]
+        sums = [
+            self.places[0].routes[axis].parts("all_reduce")[0]
+            for axis in (DATA, PIPELINE)
+            if axis in self.places[0].routes
+        ]
         return step.value + 2 * sum(sums)
 
     def _apart(self, rank: int) -> float:

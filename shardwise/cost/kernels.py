@@ -112,4 +112,6 @@ class Kernels:
 
 def precision_of(dtype: torch.dtype) -> str:
     """What a dtype is called among a device's precisions."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8", torch.float64: "fp64"}.get(dtype, "fp32")
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8", torch.float64: "fp64"}.get(
+        dtype, "fp32"
+    )

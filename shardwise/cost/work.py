@@ -250,6 +250,9 @@ class Work:
                 scores = op.context.inputs[0].value
                 size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
                 forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
+        for value in self._shared[op]:
+            # No parameter, so that its gradient is summed at once, not with the others after backward.
+            backward.append(Message(DATA, "all_reduce", self.local_bytes(value, samples)))
         if op.name in _BATCH_NORMS:
             # Over the ranks that split the batch: mean, squares and count of each channel; then two gradients.
             channels = op.outputs[0].sizes[1].at(1) * 4
@@ -269,6 +272,22 @@ class Work:
                 if key not in seen:
                     seen.add(key)
                     mine.append(key)
+        return found
+
+    @cached_property
+    def _shared(self) -> Mapping[Op, list[Value]]:
+        """Tensors that are alike for all samples, such as a bias that was reshaped, at their first use with samples."""
+        seen: set[Value] = set()
+        found: dict[Op, list[Value]] = {}
+        for op in self.graph.ops:
+            mine = found.setdefault(op, [])
+            if not any(_counts_samples(v) for v in op.outputs):
+                continue
+            for value in op.inputs:
+                if value in self.graph.needs_grad and not _counts_samples(value) and value not in seen:
+                    seen.add(value)
+                    if value in self.graph.producer:
+                        mine.append(value)
         return found
 
     # -- activations -------------------------------------------------------------------------------------------------
@@ -334,6 +353,10 @@ class Work:
             if producer is None or self.kinds[producer] != NOTHING or not producer.inputs:
                 return value
             value = producer.inputs[0]
+
+
+def _counts_samples(value: Value) -> bool:
+    return any(size.at(1) != size.at(2) for size in value.sizes)
 
 
 def exchanged(made: State, need: State) -> tuple[tuple[str, ...], tuple[str, ...]]:

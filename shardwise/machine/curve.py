@@ -113,7 +113,8 @@ class Collective:
         keys = {"kind", "ranks", "latency", "bandwidth"}
         if not isinstance(table, Mapping) or set(table) != keys or table["kind"] not in COLLECTIVES:
             raise MachineError(
-                f"{where} must have {', '.join(sorted(keys))}, its kind one of {', '.join(COLLECTIVES)}, but is {table!r}"
+                f"{where} must have {', '.join(sorted(keys))}, its kind one of {', '.join(COLLECTIVES)}, "
+                f"but is {table!r}"
             )
         ranks = table["ranks"]
         if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 2:

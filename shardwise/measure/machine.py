@@ -23,7 +23,7 @@ from shardwise.machine.here import accelerator, processor
 from shardwise.machine.quantity import Quantity
 from shardwise.measure.probes import curves, rates, timed
 
-SECONDS = 75.0
+SECONDS = 100.0
 """That measuring may take, about, besides the start of ranks."""
 _SMALL, _LARGE = 1 << 10, 25 << 20
 """Bytes of the tensors whose collectives are timed: for the latency, and, a bucket of gradients, for the bandwidth."""
@@ -108,7 +108,8 @@ def collectives(group_size: int, backend: Backend) -> dict[str, tuple[float, flo
                 run()
                 backend.synchronize()
                 if k >= 2:
-                    samples.setdefault((kind, size), []).append(time.perf_counter() - start)
+                    ways = 2 if kind == "send" else 1
+                    samples.setdefault((kind, size), []).append((time.perf_counter() - start) / ways)
     found = {}
     for kind in COLLECTIVES:
         seconds = {size: _mean(statistics.median(samples[kind, size]), group, backend) for size in runs}
@@ -127,12 +128,14 @@ def _runs(size: int, group: Any, ranks: int, first: int, device: torch.device) -
     other = torch.empty_like(whole)
 
     def send() -> None:
-        # One message each way, as stages send: to the next of the group, from the one before.
+        # There and back between the first two of the group, for only who waits knows how long a message takes.
         at = dist.get_rank() - first
         if at == 0:
             dist.send(whole, first + 1, group)
+            dist.recv(other, first + 1, group)
         elif at == 1:
             dist.recv(other, first, group)
+            dist.send(whole, first, group)
 
     return {
         "all_reduce": lambda: dist.all_reduce(whole, group=group),
@@ -215,7 +218,7 @@ def _device(ranks: int, backend: Backend, told: Sequence[dict[str, Any]], most: 
         for i, row in enumerate(told[0]["times"])
     ]
     cpu = backend.device_type == "cpu"
-    operators = curves(times, source)  # type: ignore[arg-type]
+    operators = curves(times, source)
     base = None if cpu else accelerator(torch.cuda.get_device_name(0))
     share = Quantity(1.0, "the measured numbers are those reached")
     return Device(
@@ -254,5 +257,3 @@ def _link(rows: Sequence[Collective], measured: Callable[..., Quantity], title: 
         measured(gather.bandwidth.value / reduce.bandwidth.value),
         collectives=tuple(rows),
     )
-
-

@@ -23,7 +23,7 @@ from shardwise.machine.curve import Curve
 
 _CACHE = 64_000_000
 """Bytes of inputs that are taken in turns, so that none is in a cache that it would not be in between two steps."""
-_FEWEST, _MOST = 5, 40
+_FEWEST, _MOST = 5, 300
 """Repetitions of one size."""
 _LEAST = 2e-7
 """Seconds below which a time is noise."""
@@ -85,41 +85,49 @@ def _attention(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x)
 
 
+_same, _larger = partial(F.conv2d, padding=1), partial(F.conv_transpose2d, stride=2)
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
 _ROW, _ROWS = (4096,), (1, 16, 128, 1024)
 _PICTURE = (32, 32, 32)
 
 PROBES: tuple[Probe, ...] = (
+    # Sizes reach beyond 32 MB, where a CPU's allocator asks the system for every tensor anew.
     # Products: dense ones by operations, those that read more than they compute by bytes.
     Probe("aten.linear", "operations", lambda: Run(F.linear, (256, 256)), ((256,),), (8, 64, 512, 2048)),
     Probe("aten.linear", "operations", lambda: Run(F.linear, (1024, 1024)), ((1024,),), (128, 1024)),
     Probe("aten.linear", "bytes", lambda: Run(F.linear, (256, 256)), ((256,),), (1,)),
     Probe("aten.linear", "bytes", lambda: Run(F.linear, (2048, 2048)), ((2048,),), (1,)),
     Probe("aten.bmm", "operations", lambda: Run(torch.bmm), ((64, 64), (64, 64)), (1, 16, 256)),
-    Probe("aten.bmm", "bytes", lambda: Run(torch.bmm), ((1, 256), (256, 256)), (1, 16, 128)),
-    Probe("aten.conv2d", "operations", lambda: Run(partial(F.conv2d, padding=1), (64, 64, 3, 3)), ((64, 16, 16),), (1, 4, 16)),
-    Probe("aten.conv2d", "operations", lambda: Run(partial(F.conv2d, padding=1), (128, 128, 3, 3)), ((128, 16, 16),), (16,)),
+    Probe("aten.bmm", "bytes", lambda: Run(torch.bmm), ((1, 256), (256, 256)), (1, 16, 128, 512)),
+    Probe("aten.conv2d", "operations", lambda: Run(_same, (64, 64, 3, 3)), ((64, 16, 16),), (1, 4, 16)),
+    Probe("aten.conv2d", "operations", lambda: Run(_same, (128, 128, 3, 3)), ((128, 16, 16),), (16,)),
     Probe("aten.conv2d", "bytes", lambda: Run(F.conv2d, (16, 16, 1, 1)), ((16, 32, 32),), (1, 8, 64)),
-    Probe("aten.conv_transpose2d", "operations", lambda: Run(partial(F.conv_transpose2d, stride=2), (64, 32, 2, 2)), ((64, 16, 16),), (1, 4, 16)),
+    Probe("aten.conv_transpose2d", "operations", lambda: Run(_larger, (64, 32, 2, 2)), ((64, 16, 16),), (1, 4, 16)),
     Probe("aten.lstm", "operations", Recurrent, ((32, 512),), (2, 8, 32)),
     Probe("aten.scaled_dot_product_attention", "operations", lambda: Run(_attention), ((4, 128, 64),), (1, 4, 16)),
     # Bound by memory.
-    Probe("elementwise", "bytes", lambda: Run(torch.mul), (_ROW, _ROW), _ROWS),
+    Probe("elementwise", "bytes", lambda: Run(torch.mul), (_ROW, _ROW), (*_ROWS, 4096)),
     Probe("aten.add", "bytes", lambda: Run(torch.add), (_ROW, _ROW), _ROWS),
     Probe("aten.gelu", "bytes", lambda: Run(F.gelu), (_ROW,), _ROWS),
     Probe("aten.silu", "bytes", lambda: Run(F.silu), (_ROW,), _ROWS),
     Probe("aten.relu", "bytes", lambda: Run(F.relu), (_ROW,), _ROWS),
     Probe("aten.tanh", "bytes", lambda: Run(torch.tanh), (_ROW,), _ROWS),
     Probe("aten.softmax", "bytes", lambda: Run(lambda x: x.softmax(-1)), ((64, 64),), _ROWS),
-    Probe("aten.layer_norm", "bytes", lambda: Run(lambda x, w, b: F.layer_norm(x, (512,), w, b), (512,), (512,)), ((8, 512),), _ROWS),
-    Probe("aten.group_norm", "bytes", lambda: Run(lambda x, w, b: F.group_norm(x, 8, w, b), (32,), (32,)), (_PICTURE,), (1, 8, 32)),
+    Probe("aten.layer_norm", "bytes", lambda: nn.LayerNorm(512), ((8, 512),), _ROWS),
+    Probe("aten.group_norm", "bytes", lambda: nn.GroupNorm(8, 32), (_PICTURE,), (1, 8, 32)),
     Probe("aten._native_batch_norm_legit_functional", "bytes", lambda: nn.BatchNorm2d(32), (_PICTURE,), (1, 8, 32)),
     Probe("aten.max_pool2d", "bytes", lambda: Run(lambda x: F.max_pool2d(x, 2)), (_PICTURE,), (1, 8, 32)),
     Probe("aten.cross_entropy_loss", "bytes", lambda: Run(F.cross_entropy), ((512,),), (8, 128, 2048), 512),
     Probe("aten.embedding", "bytes", lambda: Run(F.embedding, (1024, 256)), (), (16,), 1024, (64,)),
     Probe("aten.embedding", "bytes", lambda: Run(F.embedding, (32768, 256)), (), (16,), 32768, (64,)),
-    Probe("aten.index", "bytes", lambda: Run(lambda i, w: w[i], (8, 16384)), (), (16, 256), 8),
+    Probe("aten.index", "bytes", lambda: Run(lambda i, w: w[i], (8, 16384)), (), (16, 256, 1024), 8),
     Probe("aten.cat", "bytes", lambda: Run(lambda x, y: torch.cat([x, y], 1)), (_ROW, _ROW), _ROWS),
-    Probe("aten.clone", "bytes", lambda: Run(lambda x: x.transpose(1, 2).clone(memory_format=torch.contiguous_format)), ((64, 64),), _ROWS),
+    Probe("aten.clone", "bytes", lambda: Run(_turned), ((64, 64),), _ROWS),
 )  # fmt: skip
 
 
@@ -160,7 +168,11 @@ def sizes() -> list[list[float]]:
     for i, probe in enumerate(PROBES):
         row = []
         for batch in probe.batches:
-            tasks = [t for t in work.tasks(batch) if f"{t.op.module}.".startswith(f"probes.{i}.") and _is(t.op.name, probe.op)]
+            tasks = [
+                t
+                for t in work.tasks(batch)
+                if f"{t.op.module}.".startswith(f"probes.{i}.") and _is(t.op.name, probe.op)
+            ]
             row.append(tasks[-1].flops if probe.by == "operations" else tasks[-1].moved)
         found.append(row)
     return found
@@ -261,11 +273,12 @@ def curves(times: Sequence[Sequence[tuple[float, float]]], source: str) -> tuple
     found = []
     for (op, by), rows in points.items():
         alike: dict[float, list[tuple[float, float, float]]] = {}
-        for row in sorted(rows):
-            alike.setdefault(row[0], []).append(row)
-        means = [tuple(statistics.fmean(column) for column in zip(*those, strict=True)) for those in alike.values()]
-        at, forward, backward = (tuple(column) for column in zip(*means, strict=True))
-        found.append(Curve(op, by, at, _growing(forward), _growing(backward), source))
+        for point in sorted(rows):
+            alike.setdefault(point[0], []).append(point)
+        forward, backward = (
+            _growing([statistics.fmean(point[way] for point in those) for those in alike.values()]) for way in (1, 2)
+        )
+        found.append(Curve(op, by, tuple(alike), forward, backward, source))
     return tuple(found)
 
 
@@ -287,8 +300,8 @@ def _growing(values: Sequence[float]) -> tuple[float, ...]:
 def rates(backend: Backend, together: Callable[[], None]) -> Mapping[str, float]:
     """Bytes a second to memory as "bandwidth", and operations a second of large products by precision."""
     device = backend.device()
-    a, b, c = (torch.ones(1 << 23, device=device) for _ in range(3))
-    found = {"bandwidth": 12 * (1 << 23) / _median(backend, lambda: torch.add(a, b, out=c), together)}
+    a, b, c = (torch.ones(1 << 24, device=device) for _ in range(3))
+    found = {"bandwidth": 12 * (1 << 24) / _median(backend, lambda: torch.add(a, b, out=c), together)}
     side = 768 if backend.device_type == "cpu" else 4096
     for name, dtype in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
         x, y = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

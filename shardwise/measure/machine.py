@@ -28,8 +28,8 @@ SECONDS = 100.0
 _SMALL, _LARGE = 1 << 10, 25 << 20
 """Bytes of the tensors whose collectives are timed: for the latency, and, a bucket of gradients, for the bandwidth."""
 _REPEATED = 20
-_SIDE = {"cpu": 512, "cuda": 4096}
-"""Of the matrices whose product ranks compute before each collective, a few milliseconds."""
+_SIDE = {"cpu": 768, "cuda": 4096}
+"""Of the matrices whose product ranks compute before each collective, several milliseconds."""
 
 
 def discover(seconds: float = SECONDS, tell: Callable[[str], None] = lambda _: None) -> Cluster:
@@ -57,7 +57,7 @@ def discover(seconds: float = SECONDS, tell: Callable[[str], None] = lambda _: N
         share = seconds / len(computing) * (0.75 if n in computing else 0.25)
         tell(f"{many}: operators and collectives" if n in computing else f"{many}: collectives")
         with Ranks(n, backend=backend) as pool:
-            told = pool.run(_measured, n in computing, share, timeout=5 * share + 60)
+            told = pool.run(_measured, n in computing, share, timeout=10 * share + 120)
         found[n] = _device(n, backend, told, found.get(most if n > most else 0))
     return Cluster("this machine", tuple(Node(n, device, network(device.network)) for n, device in found.items()))
 
@@ -78,12 +78,13 @@ def _measured(computing: bool, seconds: float) -> dict[str, Any]:
             found["rates"] = rates(place.backend, together)
             found["times"] = timed(place.backend, seconds * 0.7, together)
             found["step"] = _step(place.world)
+        repeated = max(4, min(_REPEATED, int(4 * seconds)))
         sizes = [n for n in (2, 4, place.world) if place.world > 1 and place.world % n == 0]
-        found["collectives"] = {n: collectives(n, place.backend) for n in dict.fromkeys(sizes)}
+        found["collectives"] = {n: collectives(n, place.backend, repeated) for n in dict.fromkeys(sizes)}
         return found
 
 
-def collectives(group_size: int, backend: Backend) -> dict[str, tuple[float, float]]:
+def collectives(group_size: int, backend: Backend, repeated: int = _REPEATED) -> dict[str, tuple[float, float]]:
     """Seconds of an empty collective and of each byte, by kind, over groups of so many neighbouring ranks.
 
     All groups measure at once. The size is that of the whole tensor; of what a rank sends for "send" and "all_to_all".
@@ -98,7 +99,7 @@ def collectives(group_size: int, backend: Backend) -> dict[str, tuple[float, flo
     runs = {size: _runs(size, group, group_size, first, backend.device()) for size in (_SMALL, _LARGE)}
     samples: dict[tuple[str, int], list[float]] = {}
     matrix = torch.randn(_SIDE[backend.device_type], _SIDE[backend.device_type], device=backend.device())
-    for k in range(_REPEATED):  # in turns, so that what disturbs one disturbs all
+    for k in range(repeated):  # in turns, so that what disturbs one disturbs all
         for size, kinds in runs.items():
             for kind, run in kinds.items():
                 dist.barrier(group)

@@ -65,7 +65,7 @@ class Probe:
 
     def given(self, batch: int, device: torch.device | str = "cpu") -> list[Tensor]:
         """Inputs of so many samples."""
-        found = [torch.randn(batch, *shape, device=device) for shape in self.shapes]
+        found = [torch.randn(1, *shape, device=device).expand(batch, *shape).clone() for shape in self.shapes]
         return found + ([torch.randint(self.ids, (batch, *self.id_shape), device=device)] if self.ids else [])
 
 
@@ -238,10 +238,10 @@ def _sampled(
         middle = _now(backend)
         torch.autograd.grad(out, wanted[k % len(sets)], grad, allow_unused=True)
         end = _now(backend)
-        if k >= 2:
+        if k >= 1:
             times[0].append(middle - start)
             times[1].append(end - middle)
-        if k >= _FEWEST + 1 and end - began > seconds:
+        if end - began > seconds and (k >= _FEWEST or (k >= 1 and end - began > 5 * seconds)):
             break
     return times
 

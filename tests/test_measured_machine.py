@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_collectives_over_groups(pool: Pool) -> None:
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("shardwise.report.machine.discover", lambda tell: discover(0.2, tell))
+    monkeypatch.setattr(import_module("shardwise.report.machine"), "discover", lambda tell: discover(0.2, tell))
     out = tmp_path / "here.toml"
     assert main(["machine", "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -104,7 +105,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_file_that_cannot_be_written_is_told_before_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shardwise.report.machine.discover", lambda **_: pytest.fail("measured"))
+    monkeypatch.setattr(import_module("shardwise.report.machine"), "discover", lambda **_: pytest.fail("measured"))
     (tmp_path / "file").touch()
     assert main(["machine", "--out", str(tmp_path / "file" / "here.toml")]) == 2
     assert "cannot be written" in capsys.readouterr().err

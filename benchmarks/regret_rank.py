@@ -149,7 +149,7 @@ def main() -> None:
     task = json.loads(path.read_text())
     with joined(threads=1, collective_timeout=600.0) as place:
         if task["what"] == "link":
-            found: Any = collectives(place.world, place.backend)
+            found: Any = collectives(place.world, place.backend, 5)
         else:
             found = measure(*(task[key] for key in ("name", "plans", "weighed", "together", "seconds")))
         if place.rank == 0:

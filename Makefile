@@ -10,7 +10,7 @@ CODE   := $(wildcard shardwise tests benchmarks examples docs)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types imports quick tests prove bench bench-runtime bench-search bench-published docs clean
+.PHONY: help demo test check lint types imports quick tests prove bench bench-runtime bench-search bench-regret bench-published docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
@@ -49,6 +49,9 @@ bench-runtime: $(STAMPS)/bench ## speed against torch's own ways, as ratios
 
 bench-search: $(STAMPS)/bench ## seconds to plan for large clusters, on one core
 	$(BIN)/python -m benchmarks.search
+
+bench-regret: $(STAMPS)/bench ## the planner's pick against the fastest plan, all measured here; slow links need root
+	$(BIN)/python -m benchmarks.regret
 
 bench-published: $(STAMPS)/bench ## price the plans of published runs: DATA=TABLE.csv OUT=PREDICTED.csv
 	$(BIN)/python -m benchmarks.published $(DATA) --out $(OUT)

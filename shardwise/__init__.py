@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shardwise.graph.rules import rule
     from shardwise.job import Job, load_spec
     from shardwise.machine.cluster import Cluster
+    from shardwise.measure.machine import discover
     from shardwise.measure.verify import verify
     from shardwise.plan.plan import Plan, PlanAxis
     from shardwise.search.strategies import strategies
@@ -43,6 +44,7 @@ _HOMES = {
     "RunError": "shardwise.errors",
     "ShardwiseError": "shardwise.errors",
     "UserError": "shardwise.errors",
+    "discover": "shardwise.measure.machine",
     "load_spec": "shardwise.job",
     "parallelize": "shardwise.engine.engine",
     "rule": "shardwise.graph.rules",
@@ -63,6 +65,7 @@ __all__ = [
     "ShardwiseError",
     "UserError",
     "capture",
+    "discover",
     "load_spec",
     "parallelize",
     "plan",

@@ -128,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="to run in (float64)")
     verify.add_argument("--steps", type=_positive, default=3, metavar="N", help="updates to compare after (3)")
 
+    machine = command("machine", _machine, "measure this machine, which plans are priced on from then on", spec=False)
+    machine.add_argument("--out", type=Path, metavar="FILE", help="write it there too, for --cluster elsewhere")
+
     command("env", _env, "what is installed, what is reachable", spec=False)
     return parser
 
@@ -284,6 +287,12 @@ def _verify(arguments: argparse.Namespace) -> Answer:
     if failed and not arguments.json:
         raise ProofError(f"{', '.join(failed)} did not compute what one device computes; the table has the errors")
     return found, 1 if failed else 0
+
+
+def _machine(arguments: argparse.Namespace) -> Answer:
+    from shardwise.report.machine import measure_here
+
+    return measure_here(arguments.out, _write), 0
 
 
 def _env(arguments: argparse.Namespace) -> Answer:

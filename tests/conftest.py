@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate], print_blob=False,
 )  # fmt: skip
 settings.load_profile("shardwise")
+# What was measured of the machine that the tests run on is not to change what they find.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardwise-tests-")
 
 _GRAPHS: dict[bytes, Graph] = {}
 """Graphs of the jobs that were compared in this process."""

@@ -12,7 +12,7 @@ import shardwise
 
 NAMES = {
     "Cluster", "Engine", "Graph", "Job", "Plan", "PlanAxis", "Result", "RunError", "ShardwiseError", "UserError",
-    "capture", "load_spec", "parallelize", "plan", "report", "rule", "strategies", "train", "verify",
+    "capture", "discover", "load_spec", "parallelize", "plan", "report", "rule", "strategies", "train", "verify",
 }  # fmt: skip
 
 

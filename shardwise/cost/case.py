@@ -104,6 +104,19 @@ class Case:
             hidden,
         )
 
+    def _step(self) -> float:
+        """Seconds that a step takes besides its operators and gradients, where that was measured."""
+        step = self.places[0].device.step
+        if step is None:
+            return 0.0
+        # The loss and its count are summed over the ranks that have parts of them.
+        sums = [
+            self.places[0].routes[axis].parts("all_reduce")[0]
+            for axis in (DATA, PIPELINE)
+            if axis in self.places[0].routes
+        ]
+        return step.value + 2 * sum(sums)
+
     def _apart(self, rank: int) -> float:
         """Whether sending leaves computing alone: cores copy what they send."""
         return float(self.places[rank].device.kind != "cpu")
@@ -136,8 +149,11 @@ class Case:
         if self.data == 1 or self.plan.zero == 3:  # which sums them in each micro-batch, with the gathers
             return np.zeros_like(s.weights), np.zeros_like(s.weights), others
         grads = s.weights * p.send_gradient
+        device = self.places[rank].device
+        # Buckets are filled: gradients are read and written once more.
+        copied = 2 * grads / (device.bandwidth.value * device.reached.value) * (1 - self._apart(rank))
         fixed, each = routes[DATA].parts("all_reduce" if self.plan.zero == 0 else "reduce_scatter")
-        time = fixed + each * grads
+        time = fixed + each * grads + copied
         if self.plan.zero in (1, 2):
             fixed, each = routes[DATA].parts("all_gather")
             time = time + fixed + each * s.weight_bytes
@@ -165,7 +181,9 @@ class Case:
             "activations": s.kept * flight + s.inside + s.largest,
             "buffers": p.fixed + gathered,
         }
-        return {**found, "reserve": p.reserve * sum(found.values())}  # type: ignore[dict-item]
+        # The allocator of a CPU is the system's: what it keeps besides is no part of what tensors take.
+        reserve = p.reserve * self._apart(0)
+        return {**found, "reserve": reserve * sum(found.values())}  # type: ignore[dict-item]
 
     def _shards(self, from_stage: int) -> int:
         return self.data if self.plan.zero >= from_stage else 1
@@ -210,7 +228,7 @@ class Case:
         hidden[DATA] = hidden.get(DATA, 0.0) + float(slowest[1])
         for axis, more in slowest[2].items():
             sent[axis] = sent.get(axis, 0.0) + float(more)
-        seconds = {"compute": compute, "overhead": waits}
+        seconds = {"compute": compute, "overhead": waits + self._step()}
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
         seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
         memory = []

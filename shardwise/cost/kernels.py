@@ -32,10 +32,14 @@ class Kernels:
 
     def forward(self, task: Task) -> float:
         """Seconds of an operator's forward."""
+        if self.device.operators:
+            return self._measured(task, backward=False)
         return self._forward(task) + self._start * task.calls
 
     def backward(self, task: Task) -> float:
         """Seconds of an operator's backward."""
+        if self.device.operators:
+            return self._measured(task, backward=True)
         return self._backward(task) + self._start * task.calls * min(task.gradients, 2) if task.gradients else 0.0
 
     def _forward(self, task: Task) -> float:
@@ -55,6 +59,24 @@ class Kernels:
         if task.kind == ATTENTION:
             return self._attention(task, _BACK_ATTENTION if self.flash else 2.0)
         return self._moved(task, task.moved_back)
+
+    def _measured(self, task: Task, *, backward: bool) -> float:
+        """Seconds as this device was measured: of an operator that was, or of one that is bound alike."""
+        if task.kind == NOTHING or not task.calls or (backward and not task.gradients):
+            return 0.0
+        curves, dense = self.device.curves, task.kind in (PRODUCT, ATTENTION)
+        found = curves.get(task.op.name) or curves.get("aten.linear" if dense else "elementwise", ())
+        if not found:
+            return self._backward(task) if backward else self._forward(task)
+        # In another precision products take longer or shorter as their rates differ.
+        slower = self.device.peak("fp32") / self.device.peak(precision_of(task.dtype)) if dense else 1.0
+        seconds = max(
+            curve.seconds(task.flops, backward=backward) * slower if curve.by == "operations"
+            else curve.seconds(task.moved, backward=backward)
+            for curve in found
+        )  # fmt: skip
+        # Backward is measured with a gradient for each operand.
+        return seconds * (0.5 if backward and task.kind == PRODUCT and task.gradients == 1 else 1.0)
 
     def product(self, product: Product, dtype: torch.dtype) -> float:
         """Seconds of matrix products."""
@@ -90,4 +112,6 @@ class Kernels:
 
 def precision_of(dtype: torch.dtype) -> str:
     """What a dtype is called among a device's precisions."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}.get(dtype, "fp32")
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8", torch.float64: "fp64"}.get(
+        dtype, "fp32"
+    )

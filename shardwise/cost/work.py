@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
+from shardwise.cost.place import DATA
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 from shardwise.graph.saved import Saved
@@ -138,6 +139,8 @@ class Work:
         moved = sum(read.values()) + out + inside
         grads = sum(size for v, size in read.items() if v in graph.needs_grad)
         calls = int(kind != NOTHING and (kind != MEMORY or self.fused == "none" or out > 0))
+        if op in self._biases:
+            moved, calls = 0.0, 0
         learned = any(v in graph.learned for v in op.outputs)
         if kind == NOTHING or (self.prepared and not learned):
             moved = grads = flops = 0.0
@@ -160,6 +163,18 @@ class Work:
             else:
                 found[op] = NOTHING if is_view(op) else MEMORY
         return found
+
+    @cached_property
+    def _biases(self) -> Collection[Op]:
+        """Additions of a bias that run inside of the product before them; what fuses more has them anyway."""
+        if self.fused != "none":
+            return ()
+        learned, producer = set(self.graph.params.values()), self.graph.producer
+        return {
+            op for op in self.graph.ops
+            if op.name == "aten.add" and len(op.inputs) == 2 and op.inputs[1] in learned and op.inputs[0] in producer
+            and self.kinds[producer[op.inputs[0]]] == PRODUCT and len(self._readers[op.inputs[0]]) == 1
+        }  # fmt: skip
 
     @cached_property
     def _levels(self) -> Mapping[Op, int]:
@@ -235,6 +250,14 @@ class Work:
                 scores = op.context.inputs[0].value
                 size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
                 forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
+        for value in self._shared[op]:
+            # No parameter, so that its gradient is summed at once, not with the others after backward.
+            backward.append(Message(DATA, "all_reduce", self.local_bytes(value, samples)))
+        if op.name in _BATCH_NORMS:
+            # Over the ranks that split the batch: mean, squares and count of each channel; then two gradients.
+            channels = op.outputs[0].sizes[1].at(1) * 4
+            forward.append(Message(DATA, "all_gather", 3 * channels))
+            backward.append(Message(DATA, "all_reduce", 2 * channels))
         return tuple(forward), tuple(backward)
 
     @cached_property
@@ -249,6 +272,22 @@ class Work:
                 if key not in seen:
                     seen.add(key)
                     mine.append(key)
+        return found
+
+    @cached_property
+    def _shared(self) -> Mapping[Op, list[Value]]:
+        """Tensors that are alike for all samples, such as a bias that was reshaped, at their first use with samples."""
+        seen: set[Value] = set()
+        found: dict[Op, list[Value]] = {}
+        for op in self.graph.ops:
+            mine = found.setdefault(op, [])
+            if not any(_counts_samples(v) for v in op.outputs):
+                continue
+            for value in op.inputs:
+                if value in self.graph.needs_grad and not _counts_samples(value) and value not in seen:
+                    seen.add(value)
+                    if value in self.graph.producer:
+                        mine.append(value)
         return found
 
     # -- activations -------------------------------------------------------------------------------------------------
@@ -316,6 +355,10 @@ class Work:
             value = producer.inputs[0]
 
 
+def _counts_samples(value: Value) -> bool:
+    return any(size.at(1) != size.at(2) for size in value.sizes)
+
+
 def exchanged(made: State, need: State) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The collectives that turn a tensor from one state into another, and those of its gradient."""
     if made == need:
@@ -342,4 +385,5 @@ def is_view(op: Op) -> bool:
 
 
 _VIEWS = {"aten.reshape", "aten.flatten", "aten.unflatten", "aten.contiguous", "aten.dropout", "aten._unsafe_view"}
+_BATCH_NORMS = {"aten._native_batch_norm_legit", "aten._native_batch_norm_legit_functional", "aten.batch_norm"}
 _FREE_BACK = {"aten.add", "aten.sub"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from shardwise.errors import MachineError
+from shardwise.machine.curve import parts_of
 from shardwise.machine.device import Device, Link, device, known_devices, network, read_toml
 from shardwise.machine.quantity import Quantity
 
@@ -33,6 +34,7 @@ class Route:
         bandwidth: bytes a second that a rank sends in a ring.
         reduce: how many times as long as an all-gather an all-reduce takes.
         reduce_bandwidth: as `bandwidth`, in an all-reduce.
+        measured: for kinds that were measured, seconds of an empty one and of each byte.
     """
 
     ranks: int
@@ -42,6 +44,7 @@ class Route:
     bandwidth: float
     reduce: float
     reduce_bandwidth: float
+    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def seconds(self, kind: str, size: float) -> float:
         """Seconds of a collective.
@@ -58,6 +61,8 @@ class Route:
         n = self.ranks
         if n < 2:
             return 0.0, 0.0
+        if kind in self.measured:
+            return self.measured[kind]
         if kind == "send":
             return self.launch + self.hop, 1 / self.bandwidth
         if kind == "all_reduce":
@@ -147,6 +152,11 @@ class Cluster:
         def faster(link: Link) -> Link:
             found = replace(link, bandwidth=Quantity(link.bandwidth.value * times, link.bandwidth.source))
             none = Quantity(0.0, "none")
+            found = replace(found, collectives=tuple(
+                replace(row, bandwidth=Quantity(row.bandwidth.value * times, row.bandwidth.source),
+                        latency=none if instant else row.latency)
+                for row in link.collectives
+            ))  # fmt: skip
             return replace(found, launch=none, hop=none) if instant else found
 
         changed: dict[int, Node] = {}
@@ -212,7 +222,8 @@ class Cluster:
         launch, hop = max(link.launch.value for link in inside), max(link.hop.value for link in inside)
         if len(counts) == 1:
             reduce = max(link.reduce.value for link in inside)
-            return Route(len(ranks), 1, launch, hop, bandwidth, reduce, bandwidth)
+            measured = parts_of(inside[0].collectives, len(ranks))
+            return Route(len(ranks), 1, launch, hop, bandwidth, reduce, bandwidth, measured)
         between = [(self.nodes[i].network, n) for i, n in counts.items()]
         # A ring enters and leaves each node once, over the network cards of all its ranks there.
         n = len(counts)
@@ -223,4 +234,7 @@ class Cluster:
         launch = max(launch, *(net.launch.value for net, _ in between))
         hop = max(hop, *(net.hop.value for net, _ in between))
         reduce = max(net.reduce.value for net, _ in between)
-        return Route(len(ranks), n, launch, hop, gather, reduce, reducing)
+        # Measured numbers hold for the group that was measured: alike networks, one rank a node.
+        alone = len(ranks) == n and all(net == between[0][0] for net, _ in between)
+        measured = parts_of(between[0][0].collectives, n) if alone else {}
+        return Route(len(ranks), n, launch, hop, gather, reduce, reducing, measured)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.errors import MachineError
+from shardwise.machine.curve import Collective, Curve
 from shardwise.machine.quantity import Quantity
 
 _HOME = Path(__file__).parent
 KINDS = ("cpu", "cuda", "tpu")
-PRECISIONS = ("fp8", "bf16", "fp16", "tf32", "fp32")
+PRECISIONS = ("fp8", "bf16", "fp16", "tf32", "fp32", "fp64")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Link:
     hop: Quantity
     reduce: Quantity
     scaling: tuple[tuple[int, float, float], ...] = ()
+    collectives: tuple[Collective, ...] = ()
 
     @classmethod
     def read(cls, table: Any, where: str) -> Link:
@@ -48,11 +50,13 @@ class Link:
             MachineError: a number is missing or wrong.
         """
         table = _table(table, where)
-        _closed(table, {"title", "bandwidth", "launch", "hop", "reduce"}, where, may={"scaling"})
+        _closed(table, {"title", "bandwidth", "launch", "hop", "reduce"}, where, may={"scaling", "collectives"})
         bandwidth = Quantity.read(table["bandwidth"], "bytes a second", f"bandwidth of {where}")
         launch, hop = (Quantity.read(table[key], "seconds", f"{key} of {where}") for key in ("launch", "hop"))
         reduce = Quantity.read(table["reduce"], "a count", f"reduce of {where}")
-        return cls(str(table["title"]), bandwidth, launch, hop, reduce, _scaling(table.get("scaling"), where))
+        measured = tuple(Collective.read(row, f"a collective of {where}") for row in _rows(table, "collectives", where))
+        scaling = _scaling(table.get("scaling"), where)
+        return cls(str(table["title"]), bandwidth, launch, hop, reduce, scaling, measured)
 
     def left(self, nodes: int, kind: str) -> float:
         """The share of the bandwidth left between so many nodes, on a log scale between numbers that are known."""
@@ -88,6 +92,8 @@ class Device:
         link: to the other devices of its node.
         node: how many devices usually share a node.
         network: name of the network that usually joins such nodes.
+        operators: what operators were measured to take, in place of the shares above.
+        step: seconds that a step takes besides its operators, where that was measured.
     """
 
     name: str
@@ -104,6 +110,8 @@ class Device:
     link: Link
     node: Quantity
     network: str
+    operators: tuple[Curve, ...] = ()
+    step: Quantity | None = None
 
     @classmethod
     def read(cls, table: Any, where: str) -> Device:
@@ -114,7 +122,7 @@ class Device:
         """
         table = _table(table, where)
         keys = {"name", "title", "kind", "units", "memory", "bandwidth", "node", "network", "flops", "reached", "link"}
-        _closed(table, keys, where)
+        _closed(table, keys, where, may={"operators", "step"})
         kind = str(table["kind"])
         if kind not in KINDS:
             raise MachineError(f"kind of {where} must be one of {', '.join(KINDS)}, but is {kind!r}")
@@ -144,6 +152,8 @@ class Device:
             link=Link.read(table["link"], f"link of {where}"),
             node=of(table, "node", "a count"),
             network=str(table["network"]),
+            operators=tuple(Curve.read(row, where) for row in _rows(table, "operators", where)),
+            step=of(table, "step", "seconds") if "step" in table else None,
         )
 
     @functools.cached_property
@@ -151,13 +161,21 @@ class Device:
         """All that its operators' seconds depend on: equal for devices that compute alike."""
         numbers = (self.units, self.bandwidth, self.matmul, self.attention, self.reached, self.call)
         flops = sorted((precision, rate.value) for precision, rate in self.flops.items())
-        return self.kind, *(n.value for n in numbers), *flops
+        return self.kind, *(n.value for n in numbers), *flops, *self.operators
+
+    @functools.cached_property
+    def curves(self) -> Mapping[str, tuple[Curve, ...]]:
+        """What was measured of each operator."""
+        found: dict[str, tuple[Curve, ...]] = {}
+        for curve in self.operators:
+            found[curve.op] = (*found.get(curve.op, ()), curve)
+        return found
 
     def peak(self, precision: str) -> float:
         """Operations a second at most. A precision that the device lacks runs in the nearest that it has.
 
         Args:
-            precision: "bf16", "fp16", "fp8" or "fp32"; fp32 is not TF32, as torch has it by default.
+            precision: "bf16", "fp16", "fp8", "fp32" or "fp64"; fp32 is not TF32, as torch has it by default.
         """
         for name in {"bf16": ("bf16", "fp16"), "fp16": ("fp16", "bf16"), "fp8": ("fp8", "bf16", "fp16")}.get(
             precision, (precision,)
@@ -228,6 +246,13 @@ def _table(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise MachineError(f"{where} must be a table, but is {value!r}")
     return value
+
+
+def _rows(table: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    rows = table.get(key, [])
+    if not isinstance(rows, list):
+        raise MachineError(f"{key} of {where} must be a list of tables, but is {rows!r}")
+    return rows
 
 
 def _scaling(value: Any, where: str) -> tuple[tuple[int, float, float], ...]:

@@ -1,0 +1,161 @@
+"""What a rank of the regret benchmark does: steps of many plans in turns, and the bytes that some of them allocate.
+
+`python -m benchmarks.regret_rank TASK.json` does it on a rank of a launch.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.regret_jobs import JOBS
+from shardwise.engine.engine import parallelize
+from shardwise.engine.launch import joined
+from shardwise.graph.graph import Graph
+from shardwise.job import Job
+from shardwise.measure.machine import collectives
+from shardwise.plan.plan import Plan
+
+ALL, MORE, TURN = 3, 5, 2
+"""Steps of every plan and further ones of those near the fastest that are counted, and how many of them in one turn."""
+NEAR = 1.15
+DISTURBED, TICK = 0.1, 0.02
+"""Processors that other programs may keep busy in a step that counts; and seconds by which the system counts."""
+MEMORY_STEPS = 2
+
+
+def measure(name: str, plans: list[str], weighed: list[str], together: int, seconds: float) -> dict[str, Any]:
+    """Times steps of plans in turns, and weighs some.
+
+    Args:
+        name: of the job.
+        plans: as text.
+        weighed: those whose memory is measured too.
+        together: how many are held in memory at once.
+        seconds: after which no more rounds begin.
+
+    Returns:
+        `seconds`, for each plan its steps', in order; `bytes`, for each weighed plan those at the peak of every rank.
+    """
+    warnings.simplefilter("ignore")
+    job = JOBS[name]()
+    graph = Graph.of(job)
+    batches = [job.batch(range(i * job.global_batch, (i + 1) * job.global_batch)) for i in range(2)]
+    found: list[list[float]] = []
+    for start in range(0, len(plans), together):
+        part = plans[start : start + together]
+        found += _in_turns(job, graph, part, batches, seconds * len(part) / len(plans))
+    sizes = [_weigh(job, graph, Plan.parse(text), batches) for text in weighed]
+    return {"seconds": found, "bytes": sizes}
+
+
+def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], seconds: float) -> list[list[float]]:
+    engines = [parallelize(job, Plan.parse(text), graph=graph) for text in plans]
+    calm: list[list[float]] = [[] for _ in engines]
+    disturbed: list[list[float]] = [[] for _ in engines]
+    for engine in engines:
+        engine.step(batches[0])
+    gc.collect()
+    gc.disable()
+    until = time.monotonic() + seconds
+    try:
+        for k in range(ALL + MORE):
+            middles = [statistics.median(c or d) if c or d else 0.0 for c, d in zip(calm, disturbed, strict=True)]
+            near = NEAR * min(middles)
+            go = [
+                len(times) < ALL + (MORE if middle <= near else 0) for times, middle in zip(calm, middles, strict=True)
+            ]
+            if not _agreed(any(go) and (k < 1 or time.monotonic() < until), go):
+                break
+            for i, engine in enumerate(engines):
+                # The first step of a turn finds the memory as another plan left it.
+                for again in range(go[i] * (1 + TURN)):
+                    taken, other = _step(engine, batches[again % 2])
+                    if again:
+                        (disturbed if other > DISTURBED else calm)[i].append(taken)
+    finally:
+        gc.enable()
+    return [c if len(c) >= 2 else c + d for c, d in zip(calm, disturbed, strict=True)]
+
+
+def _agreed(on: bool, go: list[bool]) -> bool:
+    """What rank 0 says: whether to go on, and in `go` with which."""
+    told = torch.tensor([on, *go], dtype=torch.int8)
+    if dist.get_world_size() > 1:
+        dist.broadcast(told, 0)
+    go[:] = [bool(x) for x in told[1:]]
+    return bool(told[0])
+
+
+def _step(engine: Any, batch: Any) -> tuple[float, float]:
+    """Seconds of a step until the last rank is done; and how many processors other programs kept busy meanwhile."""
+    many = dist.get_world_size() > 1
+    if many:
+        dist.barrier()
+    own, busy, began = time.process_time(), _busy(), time.perf_counter()
+    engine.step(batch)
+    if many:
+        dist.barrier()
+    seconds = time.perf_counter() - began
+    others = _busy() - busy
+    worked = torch.tensor(time.process_time() - own, dtype=torch.float64)
+    if many:
+        dist.all_reduce(worked)
+    return seconds, max(0.0, others - float(worked) - TICK) / seconds
+
+
+def _busy() -> float:
+    """Seconds that all processors together have spent on programs."""
+    try:
+        words = Path("/proc/stat").read_text().split(maxsplit=4)
+    except OSError:
+        return 0.0
+    return sum(int(word) for word in words[1:4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _weigh(job: Job, graph: Graph, plan: Plan, batches: list[Any]) -> list[float]:
+    """Bytes of tensors that each rank has at the peak, from an empty process on: what torch's allocator says."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        engine = parallelize(job, plan, graph=graph)
+        for k in range(MEMORY_STEPS):
+            engine.step(batches[k])
+    del engine
+    now = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    mine = torch.tensor(float(peak), dtype=torch.float64)
+    every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return [float(t) for t in every]
+
+
+def main() -> None:
+    """Do what a file says on this rank of a launch; rank 0 writes the answer beside it."""
+    path = Path(sys.argv[1])
+    task = json.loads(path.read_text())
+    with joined(threads=1, collective_timeout=600.0) as place:
+        if task["what"] == "link":
+            found: Any = collectives(place.world, place.backend, 5)
+        else:
+            found = measure(*(task[key] for key in ("name", "plans", "weighed", "together", "seconds")))
+        if place.rank == 0:
+            path.with_suffix(".out").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    main()

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES, Profile
 from shardwise.errors import ShardwiseError
 from shardwise.graph.blocks import blocks
-from shardwise.graph.graph import Graph
+from shardwise.graph.graph import Graph, Op
+from shardwise.graph.rules import Value
 from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
@@ -206,8 +208,9 @@ def plan_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> Plan:
         sequence = (row.get("sequence_parallel") or "").lower().startswith("yes")
         axes.append(PlanAxis("tensor", tp, (*dims, "sequence") if sequence else dims))
     recompute = layer_patterns(graph) if (row.get("recompute") or "").lower().startswith(("full", "always")) else ()
+    at = costed_cuts(graph, chunks) if row["table"] == "ultrascale" else cuts(graph, chunks)
     return Plan(
-        tuple(axes), cuts(graph, chunks), micro_batches=micros, schedule="interleaved" if chunks > pp else "1f1b",
+        tuple(axes), at, micro_batches=micros, schedule="interleaved" if chunks > pp else "1f1b",
         zero=zero_of(row) if dp > 1 else 0, recompute=recompute,
     )  # fmt: skip
 
@@ -226,6 +229,37 @@ def cuts(graph: Graph, stages: int) -> tuple[str, ...]:
         raise ValueError(f"{block.count} layers make no {stages} stages")
     starts = [round(k * block.count / stages) for k in range(1, stages)]
     return tuple(graph.ops[block.start + s * block.length].id for s in starts)
+
+
+@cache
+def costed_cuts(graph: Graph, stages: int) -> tuple[str, ...]:
+    """The operators at which stages begin as nanotron cuts: it goes on to the next stage behind the unit that exceeds
+    the stage's share of all weights in layers and head; embedding, norm and loss are units without cost.
+
+    Raises:
+        ValueError: more stages than units.
+    """
+    block = max(blocks(graph), key=lambda b: b.count)
+    behind = block.start + block.count * block.length
+    layer = graph.ops[block.start : block.start + block.length]
+    each = sum(v.numel().at(1) for v in {v for op in layer for v in learned(graph, op)} if v.ndim == 2)
+    head = next(op for op in graph.ops[behind:] if any(v.ndim == 2 for v in learned(graph, op)))
+    units = [(0, 0.0), *((block.start + k * block.length, each) for k in range(block.count)), (behind, 0.0)]
+    units += [(head.index, learned(graph, head)[0].numel().at(1)), (head.index + 1, 0.0)]
+    whole, done, found = sum(cost for _, cost in units), 0.0, [0]
+    for (_, cost), (following, _) in pairwise(units):
+        done += cost
+        if len(found) < stages and done > whole * len(found) / stages:
+            found.append(following)
+    if len(found) < stages:
+        raise ValueError(f"{block.count} layers make no {stages} stages")
+    return tuple(graph.ops[start].id for start in found[1:])
+
+
+def learned(graph: Graph, op: Op) -> list[Value]:
+    """The parameters that an operator reads."""
+    names = {v: n for n, v in graph.params.items()}
+    return [v for v in op.inputs if v in names]
 
 
 def price(row: Mapping[str, str]) -> Estimate:

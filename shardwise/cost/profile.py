@@ -54,8 +54,8 @@ PROFILES = {
     for p in (
         Profile("shardwise", overlap_data=0.5),
         Profile(
-            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, weight=2, gradient=4, accumulate=10,
-            send_gradient=4, state=12, reserve=0.08, fixed=1e9,
+            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, weight=2, gradient=4,
+            accumulate=10, send_gradient=4, state=12, reserve=0.04,
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4,

@@ -33,7 +33,6 @@ from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 from shardwise.search.space import layer_patterns
-from shardwise.search.strategies import Maker
 
 GIB = 2**30
 
@@ -114,11 +113,14 @@ def graph_of(shape: Shape) -> Graph:
     return Graph.of(job(shape))
 
 
-@cache
-def tensor_dims(shape: Shape, ways: int) -> tuple[str, ...]:
-    """The dims that the planner splits over so many ranks, found on a few layers."""
-    few = replace(shape, layers=min(shape.layers, 4))
-    return Maker(job(few), graph_of(few)).tensor_dims(ways)
+def tensor_dims(shape: Shape) -> tuple[str, ...]:
+    """The dims that Megatron-LM splits over a tensor axis (Shoeybi et al., 2019), as those frameworks do."""
+    if shape.family == "llama":
+        heads, width, words = "model.layers.*.self_attn", "model.layers.*.mlp", "model.embed_tokens"
+    else:
+        heads, width, words = "transformer.h.*.attn", "transformer.h.*.mlp", "transformer.wte"
+    own = () if shape.tied else ("classes@lm_head",)
+    return (f"vocabulary@{words}", f"heads@{heads}", f"width@{width}", *own)
 
 
 @cache
@@ -204,7 +206,7 @@ def plan_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> Plan:
     if dp > 1:
         axes.append(PlanAxis("data", dp, ("batch",)))
     if tp > 1:
-        dims = tensor_dims(shape, tp)
+        dims = tensor_dims(shape)
         sequence = (row.get("sequence_parallel") or "").lower().startswith("yes")
         axes.append(PlanAxis("tensor", tp, (*dims, "sequence") if sequence else dims))
     recompute = layer_patterns(graph) if (row.get("recompute") or "").lower().startswith(("full", "always")) else ()

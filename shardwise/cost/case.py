@@ -138,10 +138,12 @@ class Case:
         grads = s.weights * p.send_gradient
         fixed, each = routes[DATA].parts("all_reduce" if self.plan.zero == 0 else "reduce_scatter")
         time = fixed + each * grads
+        share = p.overlap_scatter if self.plan.zero else p.overlap_data
+        behind = np.minimum(time, share * self._apart(rank) * backward)
         if self.plan.zero in (1, 2):
+            # Updated weights are gathered behind the update, when there is no backward left.
             fixed, each = routes[DATA].parts("all_gather")
             time = time + fixed + each * s.weight_bytes
-        behind = np.minimum(time, p.overlap_data * self._apart(rank) * backward)
         return time - behind, behind, others
 
     def update(self, rank: int, s: Stretches) -> Array:

@@ -24,7 +24,8 @@ class Profile:
         accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
         send_gradient: bytes of a gradient as it is sent.
         state: bytes of optimizer state for each weight, a master copy of it included.
-        overlap_data: share of backward behind which the reduction of gradients is hidden.
+        overlap_data: share of the last backward behind which the all-reduce of gradients is hidden.
+        overlap_scatter: the same of their reduce-scatter, where ZeRO shards the optimizer's state.
         overlap_gather: share of computing behind which the gathering of sharded weights is hidden.
         overlap_tensor: share of a tensor axis's collectives that is hidden.
         reserve: share by which the allocator keeps more than is in use.
@@ -43,6 +44,7 @@ class Profile:
     send_gradient: int = 4
     state: int = 8
     overlap_data: float = 0.0
+    overlap_scatter: float = 0.0
     overlap_gather: float = 0.0
     overlap_tensor: float = 0.0
     reserve: float = 0.05
@@ -52,10 +54,10 @@ class Profile:
 PROFILES = {
     p.name: p
     for p in (
-        Profile("shardwise", overlap_data=0.5),
+        Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5),
         Profile(
             "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, weight=2, gradient=4,
-            accumulate=10, send_gradient=4, state=12, reserve=0.04,
+            accumulate=10, send_gradient=4, state=12, overlap_data=1.0, reserve=0.04,
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4,
@@ -63,11 +65,11 @@ PROFILES = {
         ),
         Profile(
             "torchtitan", fused="all", prepared=True, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,
-            overlap_data=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
         ),
         Profile(
             "fsdp", fused="modules", prepared=True, call=8e-6, weight=4, gradient=4, send_gradient=2, state=8,
-            overlap_data=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
         ),
     )
 }  # fmt: skip

@@ -109,11 +109,12 @@ class Case:
         return float(self.places[rank].device.kind != "cpu")
 
     def _gather(self, rank: int, s: Stretches) -> Array:
-        """Seconds to gather the weights once, where they are sharded; they travel in the dtype of gradients."""
+        """Seconds to gather the weights once, layer by layer, where they are sharded; in the dtype that gradients are sent in."""
         if self.plan.zero < 3 or self.data == 1:
             return np.zeros_like(s.weights)
         fixed, each = self.places[rank].routes[DATA].parts("all_gather")
-        return fixed + each * s.weights * self.profile.send_gradient
+        layers = s.weights / max(float(self.tables[rank].whole.weights), 1.0) * self._copies
+        return fixed * np.maximum(1.0, layers * self.profile.pieces) + each * s.weights * self.profile.send_gradient
 
     def sends(self, rank: int, carried: Array) -> Array:
         """Seconds to carry so many bytes from a stage of this pipeline rank to the next."""

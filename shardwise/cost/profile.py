@@ -27,6 +27,7 @@ class Profile:
         overlap_data: share of the last backward behind which the all-reduce of gradients is hidden.
         overlap_scatter: the same of their reduce-scatter, where ZeRO shards the optimizer's state.
         overlap_gather: share of computing behind which the gathering of sharded weights is hidden.
+        pieces: collectives in which the sharded weights of a layer are gathered.
         overlap_tensor: share of a tensor axis's collectives that is hidden.
         reserve: share by which the allocator keeps more than is in use.
         fixed: bytes of communication buffers and libraries' workspaces.
@@ -46,6 +47,7 @@ class Profile:
     overlap_data: float = 0.0
     overlap_scatter: float = 0.0
     overlap_gather: float = 0.0
+    pieces: int = 1
     overlap_tensor: float = 0.0
     reserve: float = 0.05
     fixed: float = 0.0
@@ -60,8 +62,17 @@ PROFILES = {
             accumulate=10, send_gradient=4, state=12, overlap_data=1.0, reserve=0.04,
         ),
         Profile(
-            "megatron", fused="all", flash=False, prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4,
-            state=12, reserve=0.06, fixed=1e9,
+            "megatron", fused="all", flash=False, prepared=True, passes=1.35, call=6e-6, weight=2, gradient=4,
+            send_gradient=4, state=12, reserve=0.06, fixed=1e9,
+        ),
+        Profile(
+            "megatron-core", fused="all", prepared=True, passes=1.35, call=6e-6, weight=2, gradient=4, send_gradient=4,
+            state=12, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.5, reserve=0.06,
+            fixed=1e9,
+        ),
+        Profile(
+            "deepspeed", fused="all", flash=False, prepared=True, passes=1.35, call=6e-6, weight=2, gradient=6,
+            send_gradient=2, state=12, pieces=12, reserve=0.16, fixed=3e9,
         ),
         Profile(
             "torchtitan", fused="all", prepared=True, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,

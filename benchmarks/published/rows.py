@@ -1,18 +1,13 @@
-"""Prices the plans of published runs: `python -m benchmarks.published TABLE.csv --out PREDICTED.csv`.
+"""Rows of tables of published runs as models, clusters and plans, and what the plans cost.
 
-Each row's model is built from transformers' configuration classes without its weights, captured, and priced with the
-row's plan on the row's cluster. Nothing is fitted here.
+Each row's model is built from transformers' configuration classes without its weights and captured. Nothing is fitted
+here; what the tables do not say of a framework and its papers do is written where it is used.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
 import re
-import sys
-import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -83,6 +78,13 @@ def _model(shape: Shape) -> torch.nn.Module:
     AttentionInterface.register("causal", _causal)
     AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)
     common: dict[str, Any] = {"vocab_size": shape.vocab, "use_cache": False, "attn_implementation": "causal"}
+    if shape.family == "nemotron":
+        config = t.NemotronConfig(
+            hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads, intermediate_size=shape.ffn, max_position_embeddings=shape.length,
+            tie_word_embeddings=shape.tied, **common,
+        )  # fmt: skip
+        return t.NemotronForCausalLM(config).to(torch.bfloat16)
     if shape.family == "llama":
         config = t.LlamaConfig(
             hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
@@ -115,7 +117,7 @@ def graph_of(shape: Shape) -> Graph:
 
 def tensor_dims(shape: Shape) -> tuple[str, ...]:
     """The dims that Megatron-LM splits over a tensor axis (Shoeybi et al., 2019), as those frameworks do."""
-    if shape.family == "llama":
+    if shape.family != "gpt":
         heads, width, words = "model.layers.*.self_attn", "model.layers.*.mlp", "model.embed_tokens"
     else:
         heads, width, words = "transformer.h.*.attn", "transformer.h.*.mlp", "transformer.wte"
@@ -137,25 +139,30 @@ def number(row: Mapping[str, str], key: str, default: float = 0.0) -> float:
 
 
 def shape_of(row: Mapping[str, str]) -> Shape:
-    """The model of a row."""
-    llama = re.search(r"llama|internlm|mistral|mixtral", row["model"], re.I) is not None
-    hidden, heads = int(number(row, "hidden")), int(number(row, "heads"))
-    heads = heads or max(1, hidden // 128)
-    vocab_text = row.get("vocab") or ""
-    padded = re.search(r"\((\d+)", vocab_text)
-    vocab = int(padded.group(1)) if padded else int(number(row, "vocab", 51200))
-    layers = int(number(row, "layers")) or int(number(row, "params_B") * 1e9 / (12 * hidden**2))
-    family = "llama" if llama else "gpt"
-    size = number(row, "params_B")
-    ffn = int(number(row, "ffn")) or 4 * hidden
+    """The model of a row.
+
+    Raises:
+        ValueError: it is none of the kinds that are built here.
+    """
+    name = row["model"]
+    if number(row, "ep") or re.search(r"mixtral|moe|grok", name, re.I):
+        raise ValueError("experts")
+    hidden = int(number(row, "hidden"))
+    layers = int(number(row, "layers")) or (int(number(row, "params_B") * 1e9 / (12 * hidden**2)) if hidden else 0)
+    if not hidden or not layers:
+        raise ValueError("no sizes of the model")
+    gated = re.search(r"llama|internlm|mistral", name, re.I) is not None
+    family = "llama" if gated else "nemotron" if "nemotron" in name.lower() else "gpt"
+    heads = int(number(row, "heads")) or max(1, hidden // 128)
+    kv_heads, ffn = int(number(row, "kv_heads")) or heads, int(number(row, "ffn")) or 4 * hidden
+    padded = re.search(r"\((\d+)", row.get("vocab") or "")
+    vocab = int(padded.group(1)) if padded else int(number(row, "vocab")) or 51200
     # A head of its own shows in the number of parameters.
-    each = (2 + 2 * (number(row, "kv_heads", heads) / heads)) * hidden**2 + 3 * hidden * ffn
-    tied = family == "gpt" or abs(layers * each + vocab * hidden - size * 1e9) < abs(
-        layers * each + 2 * vocab * hidden - size * 1e9
-    )
+    size, each = number(row, "params_B") * 1e9, (2 + 2 * kv_heads / heads) * hidden**2 + 3 * hidden * ffn
+    rest = size - layers * each
+    tied = family == "gpt" or (gated and size > 0 and abs(rest - vocab * hidden) < abs(rest - 2 * vocab * hidden))
     return Shape(
-        family, layers, hidden, heads, int(number(row, "kv_heads", heads)), ffn, vocab,
-        int(number(row, "seq_len", 2048)), tied,
+        family, layers, hidden, heads, kv_heads, ffn, vocab, int(number(row, "seq_len")) or 2048, tied
     )  # fmt: skip
 
 
@@ -168,58 +175,108 @@ def cluster_of(row: Mapping[str, str]) -> str:
         device = "a100-40gb" if "40gb" in text else "a100-80gb"
     ranks = int(number(row, "n_gpus"))
     each = min(ranks, int(number(row, "gpus_per_node", 72 if device == "gb200" else 8)))
-    names = (("efa", "aws-efa"), ("omni", "omni-path"), ("4x100gb/s roce", "roce-50"), ("1600gb/s roce", "roce-200"))
+    names = (
+        ("efa", "aws-efa"),
+        ("omni", "omni-path"),
+        ("4x100gb/s roce", "roce-50"),
+        ("1600gb/s roce", "roce-200"),
+        ("800gb/s", "ib-hdr-4"),
+        ("400gb/s per node", "roce-50"),
+    )
     network = next((f"+{name}" for key, name in names if key in net), "")
     return f"{math.ceil(ranks / each)}x{each}x{device}{network}"
 
 
+FRAMEWORKS = {
+    "ultrascale": "nanotron", "bloom": "deepspeed", "torchtitan": "torchtitan", "fms": "fsdp", "foundry": "fsdp",
+    "dgxc": "megatron-core", "bridge": "megatron-core", "internevo": "megatron-core",
+}  # fmt: skip
+"""The profile of each table's framework; those that are not named are of Megatron-LM before it had fused attention."""
+
+
 def profile_of(row: Mapping[str, str]) -> Profile:
     """The framework of a row."""
-    table = row["table"]
-    name = {"ultrascale": "nanotron", "torchtitan": "torchtitan", "fms": "fsdp", "foundry": "fsdp"}.get(
-        table, "megatron"
-    )
-    return PROFILES[name]
+    if "deepspeed" in (row.get("zero_fsdp") or "").lower():
+        return PROFILES["deepspeed"]
+    found = PROFILES[FRAMEWORKS.get(row["table"], "megatron")]
+    # Its optimizer for fp16 has gradients in fp16 too, and no sum of them in fp32.
+    return replace(found, gradient=4) if found.name == "deepspeed" and row["precision"] == "fp16" else found
 
 
 def zero_of(row: Mapping[str, str]) -> int:
-    """The ZeRO stage of a row."""
+    """The ZeRO stage of a row.
+
+    Raises:
+        ValueError: weights are sharded within groups of the ranks that split the batch.
+    """
     text = (row.get("zero_fsdp") or "").lower()
     found = re.search(r"zero-(\d)", text)
-    if "full" in text or "fsdp" in text:
-        return 3
+    if "hsdp" in text or re.search(r"group=\d", text):
+        raise ValueError("sharded within groups")
     if "grad_op" in text:
         return 2
+    if "full" in text or "fsdp" in text:
+        return 3
     return int(found.group(1)) if found else 1 if "distributed optimizer" in text else 0
 
 
+def recompute_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> tuple[tuple[str, ...], bool]:
+    """Patterns of the blocks that are computed again, and whether attention alone is.
+
+    What torchtitan calls selective computes every second layer or product again; Megatron-LM's is attention's scores.
+    """
+    text = (row.get("recompute") or "").lower()
+    if text.startswith(("full", "always")):
+        return layer_patterns(graph), False
+    if text.startswith("selective") and row["table"] in ("torchtitan", "fms"):
+        return tuple(f"model.layers.{i}" for i in range(0, shape.layers, 2)), False
+    return (), text.startswith("selective")
+
+
 def plan_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> Plan:
-    """The plan of a row."""
-    tp, pp, dp = (max(1, int(number(row, key, 1))) for key in ("tp", "pp", "dp"))
-    chunks = pp * max(1, int(number(row, "vpp", 1)))
-    micros = int(number(row, "grad_accum")) or max(
-        1, int(number(row, "global_batch")) // (dp * int(number(row, "micro_batch", 1)))
-    )
+    """The plan of a row.
+
+    Raises:
+        ValueError: it cannot be written as a plan.
+    """
+    tp, pp, dp, cp = (max(1, int(number(row, key, 1))) for key in ("tp", "pp", "dp", "cp"))
+    micro = int(number(row, "micro_batch")) or 1
+    micros = int(number(row, "grad_accum")) or max(1, int(number(row, "global_batch")) // (dp * micro))
     axes = []
     if pp > 1:
         axes.append(PlanAxis(PIPELINE, pp))
     if dp > 1:
         axes.append(PlanAxis("data", dp, ("batch",)))
+    if cp > 1:
+        axes.append(PlanAxis("context", cp, ("sequence",)))
     if tp > 1:
         dims = tensor_dims(shape)
-        sequence = (row.get("sequence_parallel") or "").lower().startswith("yes")
+        # Megatron-LM has it on in all its published settings since Korthikanti et al. (2022).
+        sequence = (row.get("sequence_parallel") or "").lower().startswith("yes") or row["table"] == "dgxc"
         axes.append(PlanAxis("tensor", tp, (*dims, "sequence") if sequence else dims))
-    recompute = layer_patterns(graph) if (row.get("recompute") or "").lower().startswith(("full", "always")) else ()
-    at = costed_cuts(graph, chunks) if row["table"] == "ultrascale" else cuts(graph, chunks)
+    patterns, _ = recompute_of(row, shape, graph)
+    schedule = re.search(r"schedule (\S+?);", row.get("notes") or "")
+    if schedule and schedule.group(1).startswith("ZB"):
+        raise ValueError(f"schedule {schedule.group(1)}")
+    most = "max" in (row.get("vpp") or "")
+    chunks = pp * (math.ceil((shape.layers + 2) / pp) if most else max(1, int(number(row, "vpp", 1))))
+    if row["table"] == "ultrascale":
+        at = costed_cuts(graph, chunks)
+    else:
+        # Zero Bubble and Llama's runs leave a layer out of the first and of the last stage, for embedding and head.
+        at = cuts(graph, chunks, ends=(shape.layers + 2) % pp == 0 and shape.layers % pp != 0)
     return Plan(
         tuple(axes), at, micro_batches=micros, schedule="interleaved" if chunks > pp else "1f1b",
-        zero=zero_of(row) if dp > 1 else 0, recompute=recompute,
+        zero=zero_of(row) if dp > 1 else 0, recompute=patterns,
     )  # fmt: skip
 
 
 @cache
-def cuts(graph: Graph, stages: int) -> tuple[str, ...]:
+def cuts(graph: Graph, stages: int, *, ends: bool = False) -> tuple[str, ...]:
     """The operators at which stages of equally many layers begin.
+
+    Args:
+        ends: whether embedding and head count as a layer each.
 
     Raises:
         ValueError: more stages than layers.
@@ -227,9 +284,10 @@ def cuts(graph: Graph, stages: int) -> tuple[str, ...]:
     if stages == 1:
         return ()
     block = max(blocks(graph), key=lambda b: b.count)
-    if block.count < stages:
+    more = 2 * ends
+    if block.count + more < stages:
         raise ValueError(f"{block.count} layers make no {stages} stages")
-    starts = [round(k * block.count / stages) for k in range(1, stages)]
+    starts = [round(k * (block.count + more) / stages) - ends for k in range(1, stages)]
     return tuple(graph.ops[block.start + s * block.length].id for s in starts)
 
 
@@ -265,52 +323,17 @@ def learned(graph: Graph, op: Op) -> list[Value]:
 
 
 def price(row: Mapping[str, str]) -> Estimate:
-    """What a row's plan costs."""
+    """What a row's plan costs.
+
+    Raises:
+        ValueError: the row is not one that can be priced; the text says why.
+    """
+    if re.search(r"fp8|float8|fp4|mx", (row.get("precision") or ""), re.I) or "lora" in row["config_id"].lower():
+        raise ValueError("8-bit numbers, or adapters alone are trained")
     shape = shape_of(row)
     graph = graph_of(shape)
     plan = plan_of(row, shape, graph)
     micro = int(number(row, "micro_batch")) or 1
     batch = micro * plan.micro_batches * math.prod(a.size for a in plan.axes if a.dims == ("batch",))
-    selective = (row.get("recompute") or "").lower().startswith("selective")
-    cluster = Cluster.load(cluster_of(row))
-    return pricer_of(shape, profile_of(row)).price(plan, cluster, batch, selective=selective)
-
-
-def main() -> int:
-    warnings.filterwarnings("ignore")
-    parser = argparse.ArgumentParser(description="Price the plans of published runs.")
-    parser.add_argument("table")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--terms", action="store_true", help="a column for each item")
-    arguments = parser.parse_args()
-    with open(arguments.table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    began, refused = time.monotonic(), {}
-    found: list[dict[str, Any]] = []
-    for row in rows:
-        try:
-            cost = price(row)
-        except (ShardwiseError, ValueError, KeyError, ZeroDivisionError) as error:
-            refused.setdefault(f"{type(error).__name__}: {error}", []).append(row["config_id"])
-            continue
-        line = {
-            "config_id": row["config_id"], "step_time_s": f"{cost.step:.5g}", "peak_mem_GiB": f"{cost.peak / GIB:.4g}",
-            "fits": int(cost.fits),
-        }  # fmt: skip
-        if arguments.terms:
-            line |= {k: f"{v:.4g}" for k, v in cost.seconds.items()}
-            line |= {f"{k} GiB": f"{v / GIB:.4g}" for k, v in cost.memory.items()}
-        found.append(line)
-    columns = list(dict.fromkeys(key for line in found for key in line))
-    with open(arguments.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="0")
-        writer.writeheader()
-        writer.writerows(found)
-    print(f"{len(found)} of {len(rows)} rows priced in {time.monotonic() - began:.0f} s; {arguments.out}")
-    for reason, those in refused.items():
-        print(f"  {len(those)} not priced ({those[0]} ...): {reason}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    selective = recompute_of(row, shape, graph)[1]
+    return pricer_of(shape, profile_of(row)).price(plan, Cluster.load(cluster_of(row)), batch, selective=selective)

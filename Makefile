@@ -50,8 +50,8 @@ bench-runtime: $(STAMPS)/bench ## speed against torch's own ways, as ratios
 bench-search: $(STAMPS)/bench ## seconds to plan for large clusters, on one core
 	$(BIN)/python -m benchmarks.search
 
-bench-published: $(STAMPS)/bench ## price the plans of published runs: DATA=TABLE.csv OUT=PREDICTED.csv
-	$(BIN)/python -m benchmarks.published $(DATA) --out $(OUT)
+bench-published: $(STAMPS)/bench ## price published runs and score it: DATA=TABLE.csv or a folder, OUT=PREDICTED.csv
+	$(BIN)/python -m benchmarks.published $(DATA) $(if $(OUT),--out $(OUT))
 
 docs: $(STAMPS)/docs ## the documentation, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -61,8 +61,7 @@ clean: ## remove caches and built files; .venv stays
 	rm -rf build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-DATA ?= $(error name the table: make bench-published DATA=TABLE.csv OUT=PREDICTED.csv)
-OUT  ?= predictions.csv
+DATA ?= ../shared/published
 
 # What is installed. A stamp is older than pyproject.toml or constraints.txt when it must be installed again.
 

@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES, Profile
-from shardwise.errors import ShardwiseError
 from shardwise.graph.blocks import blocks
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value

@@ -62,17 +62,17 @@ PROFILES = {
             accumulate=10, send_gradient=4, state=12, overlap_data=1.0, reserve=0.04,
         ),
         Profile(
-            "megatron", fused="all", flash=False, prepared=True, passes=1.35, call=6e-6, weight=2, gradient=4,
+            "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,
             send_gradient=4, state=12, reserve=0.06, fixed=1e9,
         ),
         Profile(
-            "megatron-core", fused="all", prepared=True, passes=1.35, call=6e-6, weight=2, gradient=4, send_gradient=4,
+            "megatron-core", fused="all", prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4, send_gradient=4,
             state=12, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.5, reserve=0.06,
             fixed=1e9,
         ),
         Profile(
-            "deepspeed", fused="all", flash=False, prepared=True, passes=1.35, call=6e-6, weight=2, gradient=6,
-            send_gradient=2, state=12, pieces=12, reserve=0.16, fixed=3e9,
+            "deepspeed", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=6,
+            send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=3e9,
         ),
         Profile(
             "torchtitan", fused="all", prepared=True, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,

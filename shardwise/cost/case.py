@@ -7,7 +7,7 @@ its cuts are one reckoning.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -55,6 +55,8 @@ class Case:
         self, plan: Plan, profile: Profile, tables: Sequence[Table], places: Sequence[Place], copies: int
     ) -> None:
         self.plan, self.profile, self.tables, self.places = plan, profile, tables, places
+        if profile.outside:
+            self.places = [replace(place, memory=place.memory - profile.outside) for place in places]
         self._copies = copies
         self.data = 1
         for axis in plan.axes:
@@ -71,18 +73,21 @@ class Case:
         # In all micro-batches but the first a gradient is added to one that is there.
         added = s.weights * p.accumulate * (1 - 1 / self.plan.micro_batches) * p.passes / rate
         forward, backward = s.forward, s.backward + s.again + added
+        staged = self.plan.pipeline > 1
         all_sent: dict[str, Array] = {}
         ways = []
         for messages in (s.sent, s.sent_back):
             total = np.zeros_like(s.forward)
             for (axis, kind), (calls, size) in messages.items():
-                fixed, each = place.routes[axis].parts(kind)
+                route = place.routes[axis]
+                fixed, each = route.parts(kind)
+                fixed += (p.step * (route.nodes > 1) + p.step_staged * staged) * (route.ranks - 1)
                 seconds = calls * fixed + size * each
                 total = total + seconds
                 all_sent[axis] = all_sent.get(axis, 0.0) + seconds
             ways.append(total * shown)
         waits = [
-            np.maximum(0.0, p.call * calls - busy - sent)
+            np.maximum(0.0, p.call * calls - busy - sent) + p.tick * staged
             for calls, busy, sent in zip((s.calls, s.calls_back), (forward, backward), ways, strict=True)
         ]
         gather = self._gather(rank, s)
@@ -158,11 +163,12 @@ class Case:
     def memory(self, s: Stretches, flight: float) -> dict[str, Array]:
         """Bytes of stretches as a rank's stages, by item, with so many micro-batches in flight."""
         p, plan = self.profile, self.plan
+        several = plan.micro_batches > 1
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
         found = {
             "parameters": s.weight_bytes / self._shards(3),
             # Over several micro-batches whole gradients are accumulated, but for ZeRO-3.
-            "gradients": s.weights * p.gradient / self._shards(2 if plan.micro_batches == 1 else 3),
+            "gradients": s.weights * (p.gradient / self._shards(3 if several else 2) + p.beside * several),
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
             "activations": s.kept * flight + s.inside + s.largest,

@@ -19,9 +19,13 @@ class Profile:
         prepared: whether what depends on the batch alone, such as masks, is made beforehand.
         passes: how many times as long as their bytes ask for operators bound by memory take.
         call: seconds of the host for each operator it starts.
+        step: seconds that each step of a tensor axis's ring takes besides where it leaves the node.
+        step_staged: the same in a pipeline, wherever it is.
+        tick: seconds that each stage takes besides for a micro-batch's forward, and for its backward, in a pipeline.
         weight: bytes of a weight; 0 for the model's own dtype.
         gradient: bytes of a gradient as it is accumulated.
         accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
+        beside: bytes of a gradient as backward makes it, that stay from one micro-batch to the next.
         send_gradient: bytes of a gradient as it is sent.
         state: bytes of optimizer state for each weight, a master copy of it included.
         overlap_data: share of the last backward behind which the all-reduce of gradients is hidden.
@@ -31,6 +35,7 @@ class Profile:
         overlap_tensor: share of a tensor axis's collectives that is hidden.
         reserve: share by which the allocator keeps more than is in use.
         fixed: bytes of communication buffers and libraries' workspaces.
+        outside: bytes that these take of the device where the framework's own figure of memory leaves them out.
     """
 
     name: str
@@ -39,9 +44,13 @@ class Profile:
     prepared: bool = False
     passes: float = 1.0
     call: float = 0.0
+    step: float = 0.0
+    step_staged: float = 0.0
+    tick: float = 0.0
     weight: int = 0
     gradient: int = 4
     accumulate: int = 12
+    beside: int = 0
     send_gradient: int = 4
     state: int = 8
     overlap_data: float = 0.0
@@ -51,6 +60,7 @@ class Profile:
     overlap_tensor: float = 0.0
     reserve: float = 0.05
     fixed: float = 0.0
+    outside: float = 0.0
 
 
 PROFILES = {
@@ -58,8 +68,8 @@ PROFILES = {
     for p in (
         Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5),
         Profile(
-            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, weight=2, gradient=4,
-            accumulate=10, send_gradient=4, state=12, overlap_data=1.0, reserve=0.04,
+            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, step=21e-6, step_staged=390e-6, tick=6e-3, weight=2, gradient=4,
+            accumulate=10, send_gradient=4, state=12, overlap_data=1.0, beside=2, reserve=0.05, outside=5e9,
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,

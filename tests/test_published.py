@@ -14,6 +14,7 @@ from benchmarks.published import rows
 from benchmarks.published.__main__ import main, predictions
 from benchmarks.published.page import Part, plot, text
 from benchmarks.published.score import held_out, planned, score
+from shardwise.plan.plan import Plan
 
 ROW = {
     "table": "vtrain", "cell": "vtrain/GPT/A100/16", "config_id": "one", "model": "GPT 0.1B", "params_B": "0.1",
@@ -24,7 +25,7 @@ ROW = {
 }  # fmt: skip
 
 
-def plan(**changes: str):  # type: ignore[no-untyped-def]
+def plan(**changes: str) -> Plan:
     row = {**ROW, **changes}
     shape = rows.shape_of(row)
     return rows.plan_of(row, shape, rows.graph_of(shape))
@@ -55,7 +56,8 @@ def test_stages_by_cost_put_the_layer_that_exceeds_a_share_before_the_cut() -> N
 
 def test_clusters_are_found_by_device_and_network() -> None:
     assert rows.cluster_of(ROW) == "2x8xa100-80gb"
-    assert rows.cluster_of({**ROW, "accelerator": "H100-80GB", "interconnect": "NVLink; AWS EFA"}) == "2x8xh100-sxm+aws-efa"
+    other = {**ROW, "accelerator": "H100-80GB", "interconnect": "NVLink; AWS EFA"}
+    assert rows.cluster_of(other) == "2x8xh100-sxm+aws-efa"
 
 
 def test_what_takes_longer_costs_more() -> None:

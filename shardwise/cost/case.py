@@ -75,20 +75,22 @@ class Case:
         forward, backward = s.forward, s.backward + s.again + added
         staged = self.plan.pipeline > 1
         all_sent: dict[str, Array] = {}
-        ways = []
+        ways, hosts = [], []
         for messages in (s.sent, s.sent_back):
-            total = np.zeros_like(s.forward)
+            total, host = np.zeros_like(s.forward), np.zeros_like(s.forward)
             for (axis, kind), (calls, size) in messages.items():
                 route = place.routes[axis]
                 fixed, each = route.parts(kind)
-                fixed += (p.step * (route.nodes > 1) + p.step_staged * staged) * (route.ranks - 1)
+                fixed += p.step * (route.ranks - 1) * (route.nodes > 1)
+                host = host + p.step_staged * staged * (route.ranks - 1) * calls
                 seconds = calls * fixed + size * each
                 total = total + seconds
                 all_sent[axis] = all_sent.get(axis, 0.0) + seconds
             ways.append(total * shown)
+            hosts.append(host + p.tick * staged)
         waits = [
-            np.maximum(0.0, p.call * calls - busy - sent) + p.tick * staged
-            for calls, busy, sent in zip((s.calls, s.calls_back), (forward, backward), ways, strict=True)
+            np.maximum(0.0, p.call * calls + host - busy - sent)
+            for calls, host, busy, sent in zip((s.calls, s.calls_back), hosts, (forward, backward), ways, strict=True)
         ]
         gather = self._gather(rank, s)
         gathers = (
@@ -114,7 +116,7 @@ class Case:
         return float(self.places[rank].device.kind != "cpu")
 
     def _gather(self, rank: int, s: Stretches) -> Array:
-        """Seconds to gather the weights once, layer by layer, where they are sharded; in the dtype that gradients are sent in."""
+        """Seconds to gather sharded weights once, layer by layer; they travel in the dtype of gradients."""
         if self.plan.zero < 3 or self.data == 1:
             return np.zeros_like(s.weights)
         fixed, each = self.places[rank].routes[DATA].parts("all_gather")

@@ -20,8 +20,8 @@ class Profile:
         passes: how many times as long as their bytes ask for operators bound by memory take.
         call: seconds of the host for each operator it starts.
         step: seconds that each step of a tensor axis's ring takes besides where it leaves the node.
-        step_staged: the same in a pipeline, wherever it is.
-        tick: seconds that each stage takes besides for a micro-batch's forward, and for its backward, in a pipeline.
+        step_staged: seconds of the host for each step of such a ring in a pipeline.
+        tick: seconds of the host besides for a micro-batch's forward on a stage of a pipeline, and for its backward.
         weight: bytes of a weight; 0 for the model's own dtype.
         gradient: bytes of a gradient as it is accumulated.
         accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
@@ -68,8 +68,9 @@ PROFILES = {
     for p in (
         Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5),
         Profile(
-            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, step=21e-6, step_staged=390e-6, tick=6e-3, weight=2, gradient=4,
-            accumulate=10, send_gradient=4, state=12, overlap_data=1.0, beside=2, reserve=0.05, outside=5e9,
+            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, step=21e-6, step_staged=390e-6,
+            tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, send_gradient=4, state=12, overlap_data=1.0,
+            reserve=0.05, outside=5e9,
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,

@@ -53,8 +53,8 @@ bench-search: $(STAMPS)/bench ## seconds to plan for large clusters, on one core
 bench-regret: $(STAMPS)/bench ## the planner's pick against the fastest plan, all measured here; slow links need root
 	$(BIN)/python -m benchmarks.regret
 
-bench-published: $(STAMPS)/bench ## price the plans of published runs: DATA=TABLE.csv OUT=PREDICTED.csv
-	$(BIN)/python -m benchmarks.published $(DATA) --out $(OUT)
+bench-published: $(STAMPS)/bench ## price published runs and score it: DATA=TABLE.csv or a folder, OUT=PREDICTED.csv
+	$(BIN)/python -m benchmarks.published $(DATA) $(if $(OUT),--out $(OUT))
 
 docs: $(STAMPS)/docs ## the documentation, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
@@ -64,8 +64,7 @@ clean: ## remove caches and built files; .venv stays
 	rm -rf build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-DATA ?= $(error name the table: make bench-published DATA=TABLE.csv OUT=PREDICTED.csv)
-OUT  ?= predictions.csv
+DATA ?= ../shared/published
 
 # What is installed. A stamp is older than pyproject.toml or constraints.txt when it must be installed again.
 

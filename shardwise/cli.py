@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -18,13 +17,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive
 from shardwise.errors import JobError, PlanError, ProofError, ShardwiseError, UserError
 
 if TYPE_CHECKING:
     from shardwise.job import Job
     from shardwise.plan.plan import Plan
-
-STRATEGIES = ("data", "sharded", "tensor", "pipeline", "hybrid")  # as in search, which is slow to import
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     demo = command("demo", _demo, "train a small language model on real text here, with evidence", spec=False)
-    demo.add_argument("--ranks", type=_positive, default=2, metavar="N", help="ranks to split over (2)")
-    demo.add_argument("--steps", type=_positive, default=None, metavar="N", help="updates of each run")
+    demo.add_argument("--ranks", type=positive, default=2, metavar="N", help="ranks to split over (2)")
+    demo.add_argument("--steps", type=positive, default=None, metavar="N", help="updates of each run")
     demo.add_argument("--out", type=Path, default=Path("shardwise-demo"), metavar="DIR", help="folder of report.html")
 
     train = command("train", _train, "train a job on this machine's ranks, or on those that torchrun started")
     _ranks_option(train)
     train.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it one is chosen")
-    train.add_argument("--steps", type=_positive, default=100, metavar="N", help="updates (100)")
+    train.add_argument("--steps", type=positive, default=100, metavar="N", help="updates (100)")
     _batch_option(train)
     train.add_argument("--save", type=Path, metavar="FILE", help="write the trained weights, as torch.load reads them")
     train.add_argument("--logs", type=Path, metavar="DIR", help="folder of the ranks' logs (kept only on failure)")
@@ -115,18 +113,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--objective", choices=("time", "cost", "memory"), default="time", help="what is to be least (time)"
     )
-    plan.add_argument("--memory", type=_gigabytes, metavar="GB", help="a rank may use so much, if less than it has")
+    plan.add_argument("--memory", type=gigabytes, metavar="GB", help="a rank may use so much, if less than it has")
     text = "an axis (pipeline, data or tensor) of a given size; 1 forbids it; may be repeated"
-    plan.add_argument("--fix", type=_axis, action="append", default=[], metavar="AXIS=N", help=text)
+    plan.add_argument("--fix", type=axis, action="append", default=[], metavar="AXIS=N", help=text)
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, which `train --plan` reads")
     plan.add_argument("--html", type=Path, metavar="FILE", help="write why it is the one as a page for a browser")
 
     verify = command("verify", _verify, "prove that every strategy computes what one device computes")
     _ranks_option(verify)
     _batch_option(verify)
-    verify.add_argument("--strategies", type=_names, default=STRATEGIES, metavar="A,B", help=",".join(STRATEGIES))
+    verify.add_argument("--strategies", type=names, default=STRATEGIES, metavar="A,B", help=",".join(STRATEGIES))
     verify.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="to run in (float64)")
-    verify.add_argument("--steps", type=_positive, default=3, metavar="N", help="updates to compare after (3)")
+    verify.add_argument("--steps", type=positive, default=3, metavar="N", help="updates to compare after (3)")
 
     machine = command("machine", _machine, "measure this machine, which plans are priced on from then on", spec=False)
     machine.add_argument("--out", type=Path, metavar="FILE", help="write it there too, for --cluster elsewhere")
@@ -136,42 +134,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ranks_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=_positive, metavar="N", help="ranks (one for each accelerator, else core)")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="ranks (one for each accelerator, else core)")
 
 
 def _batch_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=_positive, metavar="N", help="samples of an update, instead of the job's own")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text!r}")
-    return int(text)
-
-
-def _gigabytes(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of gigabytes above 0, but is {text!r}")
-    return found * 1e9
-
-
-def _axis(text: str) -> tuple[str, int]:
-    name, equals, number = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"must be AXIS=N, such as tensor=1, but is {text!r}")
-    return name, _positive(number)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    strange = ", ".join(name for name in names if name not in STRATEGIES)
-    if strange or not names:
-        raise argparse.ArgumentTypeError(f"must be some of {','.join(STRATEGIES)}, but has {strange or 'none'}")
-    return names
+    parser.add_argument("--batch", type=positive, metavar="N", help="samples of an update, instead of the job's own")
 
 
 # --- commands: each prints for people, and returns what --json prints and the exit status -----------------------------

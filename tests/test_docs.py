@@ -23,7 +23,7 @@ from shardwise.cost.profile import PROFILES
 from shardwise.plan.plan import Plan
 
 ROOT = Path(__file__).parent.parent
-GENERATED = {"coverage.md"}
+GENERATED = {"coverage.md", "accuracy.md"}
 """Pages that commands write."""
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 PAGES = [p for p in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in p.parts and p.name not in GENERATED]

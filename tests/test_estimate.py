@@ -246,7 +246,7 @@ def test_a_faster_network_is_never_slower() -> None:
 def test_items_add_up() -> None:
     axes = (PlanAxis(PIPELINE, 2), PlanAxis("data", 2, ("batch",)), PlanAxis("tensor", 2, tensor_dims("llama", 2)))
     plan = Plan(axes, stages("llama", 2), micro_batches=4)
-    found = price("llama", plan, 16, "nanotron")
+    found = price("llama", plan, 16, "megatron")
     assert {"compute", "communication data", "communication tensor", "bubble", "update"} <= set(found.seconds)
     assert all(seconds >= 0 for seconds in found.seconds.values())
     assert found.step == pytest.approx(sum(found.seconds.values()))

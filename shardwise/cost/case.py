@@ -7,7 +7,7 @@ its cuts are one reckoning.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -55,6 +55,8 @@ class Case:
         self, plan: Plan, profile: Profile, tables: Sequence[Table], places: Sequence[Place], copies: int
     ) -> None:
         self.plan, self.profile, self.tables, self.places = plan, profile, tables, places
+        if profile.outside:
+            self.places = [replace(place, memory=place.memory - profile.outside) for place in places]
         self._copies = copies
         self.data = 1
         for axis in plan.axes:
@@ -71,19 +73,24 @@ class Case:
         # In all micro-batches but the first a gradient is added to one that is there.
         added = s.weights * p.accumulate * (1 - 1 / self.plan.micro_batches) * p.passes / rate
         forward, backward = s.forward, s.backward + s.again + added
+        staged = self.plan.pipeline > 1
         all_sent: dict[str, Array] = {}
-        ways = []
+        ways, hosts = [], []
         for messages in (s.sent, s.sent_back):
-            total = np.zeros_like(s.forward)
+            total, host = np.zeros_like(s.forward), np.zeros_like(s.forward)
             for (axis, kind), (calls, size) in messages.items():
-                fixed, each = place.routes[axis].parts(kind)
+                route = place.routes[axis]
+                fixed, each = route.parts(kind)
+                fixed += p.step * (route.ranks - 1) * (route.nodes > 1)
+                host = host + p.step_staged * staged * (route.ranks - 1) * calls
                 seconds = calls * fixed + size * each
                 total = total + seconds
                 all_sent[axis] = all_sent.get(axis, 0.0) + seconds
             ways.append(total * shown)
+            hosts.append(host + p.tick * staged)
         waits = [
-            np.maximum(0.0, p.call * calls - busy - sent)
-            for calls, busy, sent in zip((s.calls, s.calls_back), (forward, backward), ways, strict=True)
+            np.maximum(0.0, p.call * calls + host - busy - sent)
+            for calls, host, busy, sent in zip((s.calls, s.calls_back), hosts, (forward, backward), ways, strict=True)
         ]
         gather = self._gather(rank, s)
         gathers = (
@@ -122,11 +129,12 @@ class Case:
         return float(self.places[rank].device.kind != "cpu")
 
     def _gather(self, rank: int, s: Stretches) -> Array:
-        """Seconds to gather the weights once, where they are sharded; they travel in the dtype of gradients."""
+        """Seconds to gather sharded weights once, layer by layer; they travel in the dtype of gradients."""
         if self.plan.zero < 3 or self.data == 1:
             return np.zeros_like(s.weights)
         fixed, each = self.places[rank].routes[DATA].parts("all_gather")
-        return fixed + each * s.weights * self.profile.send_gradient
+        layers = s.weights / max(float(self.tables[rank].whole.weights), 1.0) * self._copies
+        return fixed * np.maximum(1.0, layers * self.profile.pieces) + each * s.weights * self.profile.send_gradient
 
     def sends(self, rank: int, carried: Array) -> Array:
         """Seconds to carry so many bytes from a stage of this pipeline rank to the next."""
@@ -154,10 +162,12 @@ class Case:
         copied = 2 * grads / (device.bandwidth.value * device.reached.value) * (1 - self._apart(rank))
         fixed, each = routes[DATA].parts("all_reduce" if self.plan.zero == 0 else "reduce_scatter")
         time = fixed + each * grads + copied
+        share = p.overlap_scatter if self.plan.zero else p.overlap_data
+        behind = np.minimum(time, share * self._apart(rank) * backward)
         if self.plan.zero in (1, 2):
+            # Updated weights are gathered behind the update, when there is no backward left.
             fixed, each = routes[DATA].parts("all_gather")
             time = time + fixed + each * s.weight_bytes
-        behind = np.minimum(time, p.overlap_data * self._apart(rank) * backward)
         return time - behind, behind, others
 
     def update(self, rank: int, s: Stretches) -> Array:
@@ -171,19 +181,23 @@ class Case:
     def memory(self, s: Held, flight: float) -> dict[str, Array]:
         """Bytes of stretches as a rank's stages, by item, with so many micro-batches in flight."""
         p, plan = self.profile, self.plan
+        several = plan.micro_batches > 1
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
         found = {
             "parameters": s.weight_bytes / self._shards(3),
             # Over several micro-batches whole gradients are accumulated, but for ZeRO-3.
-            "gradients": s.weights * p.gradient / self._shards(2 if plan.micro_batches == 1 else 3),
+            "gradients": s.weights * (p.gradient / self._shards(3 if several else 2) + p.beside * several),
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
             "activations": s.kept * flight + s.inside + s.largest,
             "buffers": p.fixed + gathered,
         }
-        # The allocator of a CPU is the system's: what it keeps besides is no part of what tensors take.
-        reserve = p.reserve * self._apart(0)
-        return {**found, "reserve": reserve * sum(found.values())}  # type: ignore[dict-item]
+        return {**found, "reserve": self.reserve * sum(found.values())}  # type: ignore[dict-item]
+
+    @cached_property
+    def reserve(self) -> float:
+        """Share by which the allocator keeps more than is in use; a CPU's is the system's, and keeps nothing apart."""
+        return self.profile.reserve * self._apart(0)
 
     def _shards(self, from_stage: int) -> int:
         return self.data if self.plan.zero >= from_stage else 1

@@ -104,7 +104,7 @@ class Kernels:
         scores = task.flops / (4 * task.op.context.inputs[0].value.sizes[-1].coefficient)
         # Scale, mask, softmax and dropout each write the scores and read them again.
         moved = scores * task.dtype.itemsize * 6 * times
-        return times * task.flops / (rate * self.device.matmul.value) + moved / self._memory
+        return times * task.flops / (rate * self.device.matmul.value) + moved * self.passes / self._memory
 
     def _moved(self, task: Task, moved: float) -> float:
         return 0.0 if task.kind == NOTHING else moved * self.passes / self._memory

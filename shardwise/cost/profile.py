@@ -19,16 +19,23 @@ class Profile:
         prepared: whether what depends on the batch alone, such as masks, is made beforehand.
         passes: how many times as long as their bytes ask for operators bound by memory take.
         call: seconds of the host for each operator it starts.
+        step: seconds that each step of a tensor axis's ring takes besides where it leaves the node.
+        step_staged: seconds of the host for each step of such a ring in a pipeline.
+        tick: seconds of the host besides for a micro-batch's forward on a stage of a pipeline, and for its backward.
         weight: bytes of a weight; 0 for the model's own dtype.
         gradient: bytes of a gradient as it is accumulated.
         accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
+        beside: bytes of a gradient as backward makes it, that stay from one micro-batch to the next.
         send_gradient: bytes of a gradient as it is sent.
         state: bytes of optimizer state for each weight, a master copy of it included.
-        overlap_data: share of backward behind which the reduction of gradients is hidden.
+        overlap_data: share of the last backward behind which the all-reduce of gradients is hidden.
+        overlap_scatter: the same of their reduce-scatter, where ZeRO shards the optimizer's state.
         overlap_gather: share of computing behind which the gathering of sharded weights is hidden.
+        pieces: collectives in which the sharded weights of a layer are gathered.
         overlap_tensor: share of a tensor axis's collectives that is hidden.
         reserve: share by which the allocator keeps more than is in use.
         fixed: bytes of communication buffers and libraries' workspaces.
+        outside: bytes that these take of the device where the framework's own figure of memory leaves them out.
     """
 
     name: str
@@ -37,37 +44,54 @@ class Profile:
     prepared: bool = False
     passes: float = 1.0
     call: float = 0.0
+    step: float = 0.0
+    step_staged: float = 0.0
+    tick: float = 0.0
     weight: int = 0
     gradient: int = 4
     accumulate: int = 12
+    beside: int = 0
     send_gradient: int = 4
     state: int = 8
     overlap_data: float = 0.0
+    overlap_scatter: float = 0.0
     overlap_gather: float = 0.0
+    pieces: int = 1
     overlap_tensor: float = 0.0
     reserve: float = 0.05
     fixed: float = 0.0
+    outside: float = 0.0
 
 
 PROFILES = {
     p.name: p
     for p in (
-        Profile("shardwise", overlap_data=0.5),
+        Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5),
         Profile(
-            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, weight=2, gradient=4, accumulate=10,
-            send_gradient=4, state=12, reserve=0.08, fixed=1e9,
+            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, step=21e-6, step_staged=390e-6,
+            tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, send_gradient=4, state=12, overlap_data=1.0,
+            reserve=0.05, outside=5e9,
         ),
         Profile(
-            "megatron", fused="all", flash=False, prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4,
-            state=12, reserve=0.06, fixed=1e9,
+            "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,
+            send_gradient=4, state=12, reserve=0.06, fixed=1e9,
+        ),
+        Profile(
+            "megatron-core", fused="all", prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4, send_gradient=4,
+            state=12, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.5, reserve=0.06,
+            fixed=1e9,
+        ),
+        Profile(
+            "deepspeed", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=6,
+            send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=3e9,
         ),
         Profile(
             "torchtitan", fused="all", prepared=True, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,
-            overlap_data=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
         ),
         Profile(
             "fsdp", fused="modules", prepared=True, call=8e-6, weight=4, gradient=4, send_gradient=2, state=8,
-            overlap_data=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
         ),
     )
 }  # fmt: skip

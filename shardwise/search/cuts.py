@@ -108,7 +108,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         alone = sum(case.memory(held, 0.0).values())
         # Memory grows with each micro-batch in flight by as much.
         bytes_of[id(table)] = alone, sum(case.memory(held, 1.0).values()) - alone
-    fixed = case.profile.fixed * (1 + case.profile.reserve)
+    fixed = case.profile.fixed * (1 + case.reserve)
     used, fits = [], []
     for stage, (table_id, _) in enumerate(stage_kinds):
         alone, each = bytes_of[table_id]

@@ -221,7 +221,7 @@ class Planner:
         stages = shape.pipeline * shape.chunks
         flight = np.array([case.in_flight(rank, stages) for rank in range(shape.pipeline)]) / shape.chunks
         least = 1 / np.maximum(1.0, flight[:, None] / flight[None, :]).sum(axis=1)
-        return float(((static + kept * flight) * least).max()) * (1 + case.profile.reserve)
+        return float(((static + kept * flight) * least).max()) * (1 + case.reserve)
 
     def _settled(self, found: Found, bound: float) -> bool:
         """Whether the best plan beats this bound; a best one whose program cannot be made is dropped."""

@@ -1,0 +1,43 @@
+"""What the command line's options may be given as; argparse turns a refusal into one message."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+STRATEGIES = ("data", "sharded", "tensor", "pipeline", "hybrid")  # as in search, which is slow to import
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text!r}")
+    return int(text)
+
+
+def gigabytes(text: str) -> float:
+    """A number of gigabytes, as bytes."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of gigabytes above 0, but is {text!r}")
+    return found * 1e9
+
+
+def axis(text: str) -> tuple[str, int]:
+    """AXIS=N, as the axis's name and its size."""
+    name, equals, number = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be AXIS=N, such as tensor=1, but is {text!r}")
+    return name, positive(number)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names of strategies with commas between them."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    strange = ", ".join(name for name in names if name not in STRATEGIES)
+    if strange or not names:
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(STRATEGIES)}, but has {strange or 'none'}")
+    return names

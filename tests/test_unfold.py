@@ -31,7 +31,8 @@ def form(found: Captured) -> list[tuple[Any, ...]]:
         what = names[node] if node.op == "placeholder" else str(node.target)
         reads = repr(fx.node.map_arg((node.args, node.kwargs), lambda n: names[n]))
         modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        lines.append((what, reads, str(getattr(node.meta.get("val"), "shape", "")), modules))
+        shape = str(getattr(node.meta.get("val"), "shape", ""))
+        lines.append((what, reads, shape, modules, len(node.users)))
     return lines
 
 

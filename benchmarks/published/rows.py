@@ -302,7 +302,9 @@ def costed_cuts(graph: Graph, stages: int) -> tuple[str, ...]:
     behind = block.start + block.count * block.length
     layer = graph.ops[block.start : block.start + block.length]
     each = sum(v.numel().at(1) for v in {v for op in layer for v in learned(graph, op)} if v.ndim == 2)
-    head = next(op for op in graph.ops[behind:] if any(v.ndim == 2 for v in learned(graph, op)))
+    head = next((op for op in graph.ops[behind:] if any(v.ndim == 2 for v in learned(graph, op))), None)
+    if head is None:
+        raise ValueError("no head of two dims behind the layers")
     units = [(0, 0.0), *((block.start + k * block.length, each) for k in range(block.count)), (behind, 0.0)]
     units += [(head.index, learned(graph, head)[0].numel().at(1)), (head.index + 1, 0.0)]
     whole, done, found = sum(cost for _, cost in units), 0.0, [0]
@@ -335,4 +337,9 @@ def price(row: Mapping[str, str]) -> Estimate:
     micro = int(number(row, "micro_batch")) or 1
     batch = micro * plan.micro_batches * math.prod(a.size for a in plan.axes if a.dims == ("batch",))
     selective = recompute_of(row, shape, graph)[1]
-    return pricer_of(shape, profile_of(row)).price(plan, Cluster.load(cluster_of(row)), batch, selective=selective)
+    pricer, cluster = pricer_of(shape, profile_of(row)), Cluster.load(cluster_of(row))
+    found = pricer.price(plan, cluster, batch, selective=selective)
+    if not found.fits and not (row.get("recompute") or row.get("status")):
+        # The source says nothing of recompute, and lists only what ran.
+        return pricer.price(plan.with_(recompute=layer_patterns(graph)), cluster, batch)
+    return found

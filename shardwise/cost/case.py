@@ -165,9 +165,11 @@ class Case:
         share = p.overlap_scatter if self.plan.zero else p.overlap_data
         behind = np.minimum(time, share * self._apart(rank) * backward)
         if self.plan.zero in (1, 2):
-            # Updated weights are gathered behind the update, when there is no backward left.
+            # Updated weights are gathered after the update; some frameworks do so behind the next step's forward.
             fixed, each = routes[DATA].parts("all_gather")
-            time = time + fixed + each * s.weight_bytes
+            gather = fixed + each * s.weight_bytes
+            time = time + gather
+            behind = behind + np.minimum(gather, p.overlap_gather * self._apart(rank) * backward / 2)
         return time - behind, behind, others
 
     def update(self, rank: int, s: Stretches) -> Array:

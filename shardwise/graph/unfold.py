@@ -317,7 +317,9 @@ class _Writer:
         self.graph = captured.graph
         self._weights = {**captured.params, **captured.buffers}
         self._constants = captured.constants
-        self.placeholders = {self._word(n): n for n in reversed(self.graph.nodes) if n.op == "placeholder"}
+        given = [node for node in self.graph.nodes if node.op == "placeholder"]
+        # A tied weight has a placeholder by each of its names, of which one is read.
+        self.placeholders = {self._word(node): node for node in sorted(given, key=lambda node: bool(node.users))}
         self._output = self.graph.output_node()
         outs: Any = self._output.args[0]
         self._results = outs[: len(outs) - len(captured.updates)]

@@ -339,7 +339,7 @@ def price(row: Mapping[str, str]) -> Estimate:
     selective = recompute_of(row, shape, graph)[1]
     pricer, cluster = pricer_of(shape, profile_of(row)), Cluster.load(cluster_of(row))
     found = pricer.price(plan, cluster, batch, selective=selective)
-    if not found.fits and not (row.get("recompute") or row.get("status")):
-        # The source says nothing of recompute, and lists only what ran.
+    if plan.zero == 3 and not found.fits and not (row.get("recompute") or row.get("status")):
+        # The source says nothing of recompute, and lists only what ran; fully sharded runs of it recompute.
         return pricer.price(plan.with_(recompute=layer_patterns(graph)), cluster, batch)
     return found

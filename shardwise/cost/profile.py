@@ -30,7 +30,7 @@ class Profile:
         state: bytes of optimizer state for each weight, a master copy of it included.
         overlap_data: share of the last backward behind which the all-reduce of gradients is hidden.
         overlap_scatter: the same of their reduce-scatter, where ZeRO shards the optimizer's state.
-        overlap_gather: share of computing behind which the gathering of sharded weights is hidden.
+        overlap_gather: share of computing behind which the gathering of sharded or updated weights is hidden.
         pieces: collectives in which the sharded weights of a layer are gathered.
         overlap_tensor: share of a tensor axis's collectives that is hidden.
         reserve: share by which the allocator keeps more than is in use.
@@ -77,16 +77,15 @@ PROFILES = {
             send_gradient=4, state=12, reserve=0.06, fixed=1e9,
         ),
         Profile(
-            "megatron-core", fused="all", prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4, send_gradient=4,
-            state=12, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.5, reserve=0.06,
-            fixed=1e9,
+            "megatron-core", fused="all", prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4, state=12,
+            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.8, reserve=0.06, fixed=1e9,
         ),
         Profile(
             "deepspeed", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=6,
             send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=3e9,
         ),
         Profile(
-            "torchtitan", fused="all", prepared=True, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,
+            "torchtitan", fused="none", prepared=True, passes=1.2, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,
             overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
         ),
         Profile(

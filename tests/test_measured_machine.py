@@ -91,9 +91,11 @@ def test_collectives_over_groups(pool: Pool) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    found: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(import_module("shardwise.report.machine"), "discover", lambda tell: discover(0.2, tell))
+    monkeypatch.setattr(import_module("shardwise.report.machine"), "discover", lambda tell: found)
     out = tmp_path / "here.toml"
     assert main(["machine", "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -123,7 +123,11 @@ def norm() -> nn.Module:
 
 
 TOKENS = CausalTokens(vocab=32, length=8)
-LOCAL = {**TEXT, "num_hidden_layers": 24, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
+LOCAL = {
+    **TEXT, "num_hidden_layers": 15, "layer_types": 5 * KINDS, "num_key_value_heads": 2, "head_dim": 8,
+    "sliding_window": 4,
+}  # fmt: skip
 GPT2 = {"n_embd": 16, "n_layer": DEPTH, "n_head": 2, "n_positions": 16, "vocab_size": 32}
 UNFOLDED: dict[str, Callable[[], Job]] = {
     "llama": lambda: transformer("LlamaForCausalLM", TOKENS, **TEXT, num_key_value_heads=1),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,7 @@ settings.register_profile(
 settings.load_profile("shardwise")
 # What was measured of the machine that the tests run on is not to change what they find.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardwise-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _GRAPHS: dict[bytes, Graph] = {}
 """Graphs of the jobs that were compared in this process."""

@@ -2,57 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from benchmarks.search import UNet
-from benchmarks.workloads import Block, Dense, Embed, Head, Layered, Tokens, lstm, resnet
+from benchmarks.workloads import (
+    Block,
+    Dense,
+    Drawn,
+    Embed,
+    Head,
+    Layered,
+    Tokens,
+    adamw,
+    labels_loss,
+    lstm,
+    resnet,
+)  # fmt: skip
 from shardwise.job import Job
 
 
-def _adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=3e-4, fused=True)
-
-
-def _tokens_loss(output: Tensor, batch: Any) -> Tensor:
-    return F.cross_entropy(output.flatten(0, -2), batch[1].flatten())
-
-
 @dataclass(frozen=True)
-class Texts(Dataset[Any]):
-    """Random tokens, which are their own labels."""
+class Texts(Drawn):
+    """Tokens, which are their own labels."""
 
     length: int
     vocab: int
-    count: int = 4096
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids = torch.randint(self.vocab, (self.length,), generator=torch.Generator().manual_seed(i))
+    def sample(self, draw: torch.Generator) -> dict[str, Tensor]:
+        ids = torch.randint(self.vocab, (self.length,), generator=draw)
         return {"input_ids": ids, "labels": ids}
 
 
 @dataclass(frozen=True)
-class Pictures(Dataset[Any]):
-    """Random pictures, and a class for each pixel."""
+class Pictures(Drawn):
+    """Pictures, and a class for each pixel."""
 
     side: int
     classes: int
-    count: int = 4096
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        draw = torch.Generator().manual_seed(i)
+    def sample(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         picture = torch.randn(3, self.side, self.side, generator=draw)
         return picture, torch.randint(self.classes, (self.side, self.side), generator=draw)
 
@@ -64,7 +58,7 @@ def small() -> Job:
         return Layered(Embed(256, 128, 256), *(Block(256, 4) for _ in range(4)), Head(256, 256))
 
     data = Tokens(128, 256, 256)
-    return Job(model=model, data=data, loss=_tokens_loss, optimizer=_adamw, global_batch=8, clip_norm=1.0, name="small")
+    return Job(model=model, data=data, loss=labels_loss, optimizer=adamw, global_batch=8, clip_norm=1.0, name="small")
 
 
 def wide() -> Job:
@@ -74,7 +68,7 @@ def wide() -> Job:
         return Layered(Embed(256, 32, 1024), *(Block(1024, 16) for _ in range(2)), Head(1024, 256))
 
     data = Tokens(32, 256, 256)
-    return Job(model=model, data=data, loss=_tokens_loss, optimizer=_adamw, global_batch=8, clip_norm=1.0, name="wide")
+    return Job(model=model, data=data, loss=labels_loss, optimizer=adamw, global_batch=8, clip_norm=1.0, name="wide")
 
 
 class Bag(nn.Module):
@@ -90,22 +84,16 @@ class Bag(nn.Module):
 
 
 @dataclass(frozen=True)
-class Ids(Dataset[Any]):
-    """Random ids, and one class."""
+class Ids(Drawn):
+    """Ids, and one class."""
 
     length: int
     vocab: int
     classes: int
-    count: int = 4096
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        draw = torch.Generator().manual_seed(i)
-        return torch.randint(self.vocab, (self.length,), generator=draw), torch.randint(
-            self.classes, (), generator=draw
-        )
+    def sample(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(self.vocab, (self.length,), generator=draw)
+        return ids, torch.randint(self.classes, (), generator=draw)
 
 
 def embedding() -> Job:
@@ -115,7 +103,7 @@ def embedding() -> Job:
         return Layered(Bag(100_000, 64), Dense(1024, 2048), Dense(2048, 2048), Dense(2048, 512), nn.Linear(512, 32))
 
     data = Ids(16, 100_000, 32)
-    return Job(model=model, data=data, loss=_tokens_loss, optimizer=_adamw, global_batch=256, name="embedding")
+    return Job(model=model, data=data, loss=labels_loss, optimizer=adamw, global_batch=256, name="embedding")
 
 
 def unet() -> Job:
@@ -125,7 +113,7 @@ def unet() -> Job:
         return F.cross_entropy(output, batch[1])
 
     data = Pictures(64, 8)
-    return Job(model=lambda: UNet(32, 4, 8), data=data, loss=loss, optimizer=_adamw, global_batch=8, name="unet")
+    return Job(model=lambda: UNet(32, 4, 8), data=data, loss=loss, optimizer=adamw, global_batch=8, name="unet")
 
 
 def bert() -> Job:
@@ -141,7 +129,7 @@ def bert() -> Job:
             )
         )  # fmt: skip
 
-    return Job(model=model, data=Texts(64, 2048), optimizer=_adamw, global_batch=16, name="bert")
+    return Job(model=model, data=Texts(64, 2048), optimizer=adamw, global_batch=16, name="bert")
 
 
 def moe() -> Job:
@@ -158,7 +146,7 @@ def moe() -> Job:
             )
         )  # fmt: skip
 
-    return Job(model=model, data=Texts(16, 1024), optimizer=_adamw, global_batch=8, name="moe")
+    return Job(model=model, data=Texts(16, 1024), optimizer=adamw, global_batch=8, name="moe")
 
 
 JOBS: dict[str, Callable[[], Job]] = {

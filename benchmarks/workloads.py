@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,37 +22,43 @@ VOCAB, TAGS, LENGTH = 256, 64, 128
 
 
 @dataclass(frozen=True)
-class Tokens(Dataset[Any]):
-    """Pairs of random inputs and targets, sample `i` drawn from a generator seeded by `i`."""
+class Drawn(Dataset[Any]):
+    """Made-up samples, number `i` drawn from a generator seeded by `i`."""
+
+    count: int = field(default=4096, kw_only=True)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Any:
+        return self.sample(torch.Generator().manual_seed(i))
+
+    def sample(self, draw: torch.Generator) -> Any:
+        """One sample, every random number of it taken from `draw`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Tokens(Drawn):
+    """Inputs and targets."""
 
     length: int
     vocab: int
     classes: int
-    count: int = 4096
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        draw = torch.Generator().manual_seed(i)
+    def sample(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         x = torch.randint(self.vocab, (self.length,), generator=draw)
-        y = torch.randint(self.classes, (self.length,), generator=draw)
-        return x, y
+        return x, torch.randint(self.classes, (self.length,), generator=draw)
 
 
 @dataclass(frozen=True)
-class Features(Dataset[Any]):
-    """Random features of a shape, and a class."""
+class Features(Drawn):
+    """Features of a shape, and a class."""
 
     shape: tuple[int, ...]
     classes: int
-    count: int = 4096
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        draw = torch.Generator().manual_seed(i)
+    def sample(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         return torch.randn(self.shape, generator=draw), torch.randint(self.classes, (), generator=draw)
 
 
@@ -223,11 +229,13 @@ def _mlp() -> nn.Module:
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-def _loss(output: Tensor, batch: Any) -> Tensor:
+def labels_loss(output: Tensor, batch: Any) -> Tensor:
+    """Mean cross-entropy of a batch's second tensor."""
     return F.cross_entropy(output.flatten(0, -2), batch[1].flatten())
 
 
-def _adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of all jobs."""
     return torch.optim.AdamW(params, lr=3e-4, fused=True)
 
 
@@ -235,25 +243,31 @@ def transformer() -> Job:
     """12.9 million parameters, 4 layers of width 512, bytes in sequences of 128; gradients clipped at norm 1."""
     data = Tokens(LENGTH, VOCAB, VOCAB)
     return Job(
-        model=_transformer, data=data, loss=_loss, optimizer=_adamw, global_batch=8, clip_norm=1.0, name="transformer"
+        model=_transformer,
+        data=data,
+        loss=labels_loss,
+        optimizer=adamw,
+        global_batch=8,
+        clip_norm=1.0,
+        name="transformer",
     )
 
 
 def resnet() -> Job:
     """2.8 million parameters, ResNet-18 with half its channels (He et al. 2016), 96 x 96 pictures."""
     data = Features((3, 96, 96), 10)
-    return Job(model=_resnet, data=data, loss=_loss, optimizer=_adamw, global_batch=32, name="resnet")
+    return Job(model=_resnet, data=data, loss=labels_loss, optimizer=adamw, global_batch=32, name="resnet")
 
 
 def lstm() -> Job:
     """4.2 million parameters, a tagger of two LSTM layers of width 512, sequences of 64; gradients clipped at 1."""
     data = Tokens(64, 2048, TAGS)
-    return Job(model=_lstm, data=data, loss=_loss, optimizer=_adamw, global_batch=32, clip_norm=1.0, name="lstm")
+    return Job(model=_lstm, data=data, loss=labels_loss, optimizer=adamw, global_batch=32, clip_norm=1.0, name="lstm")
 
 
 def mlp() -> Job:
     """9.3 million parameters, a tower of 8 linear layers from 2048 down to 256."""
-    return Job(model=_mlp, data=Features((512,), 32), loss=_loss, optimizer=_adamw, global_batch=256, name="mlp")
+    return Job(model=_mlp, data=Features((512,), 32), loss=labels_loss, optimizer=adamw, global_batch=256, name="mlp")
 
 
 WORKLOADS: dict[str, Callable[[], Job]] = {f.__name__: f for f in (transformer, resnet, lstm, mlp)}

@@ -85,8 +85,8 @@ PROFILES = {
             send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=3e9,
         ),
         Profile(
-            "torchtitan", fused="all", prepared=True, passes=2.8, call=5e-6, weight=4, gradient=4, send_gradient=4, state=8,
-            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+            "torchtitan", fused="all", prepared=True, passes=2.8, call=5e-6, weight=4, gradient=4, send_gradient=4,
+            state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
         ),
         Profile(
             "fsdp", fused="modules", prepared=True, call=8e-6, weight=4, gradient=4, send_gradient=2, state=8,

@@ -30,7 +30,7 @@ def found() -> Cluster:
     return discover(seconds=0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_a_measured_machine_has_what_prices_ask_for(found: Cluster) -> None:
     most = cores()
     assert [node.devices for node in found.nodes] == sorted({1, 2, 4, most})
@@ -45,7 +45,7 @@ def test_a_measured_machine_has_what_prices_ask_for(found: Cluster) -> None:
             assert list(curve.forward) == sorted(curve.forward) and list(curve.backward) == sorted(curve.backward)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_the_file_reads_back(found: Cluster, tmp_path: Path) -> None:
     path = tmp_path / "here.toml"
     path.write_text(machine_file(found))
@@ -63,7 +63,7 @@ def test_the_file_reads_back(found: Cluster, tmp_path: Path) -> None:
             assert its_row.bandwidth.value == pytest.approx(row.bandwidth.value, rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_plans_are_priced_on_what_was_measured(found: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert here(2).name == "this machine"
@@ -90,7 +90,7 @@ def test_collectives_over_groups(pool: Pool) -> None:
     assert all(0 < fixed < 1 and 0 < each < 1e-6 for fixed, each in told[0].values())
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_the_command(
     found: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

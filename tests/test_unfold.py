@@ -150,7 +150,10 @@ WHOLE: dict[str, Callable[[], Job]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*UNFOLDED, *WHOLE])
+LONG = [pytest.param(name, marks=pytest.mark.prove) for name in ("gemma3", "vit")]
+
+
+@pytest.mark.parametrize("name", [*LONG, *(name for name in (*UNFOLDED, *WHOLE) if name not in ("gemma3", "vit"))])
 def test_the_graph_of_a_few_layers_is_that_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     job = {**UNFOLDED, **WHOLE}[name]()
     written: list[Captured | None] = []

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-LINKS = {"1gbit": "1gbit", "100mbit": "100mbit"}
-"""Names of links and their rates, as `tc` has them."""
 _PORT = 29510
 
 
@@ -45,6 +43,9 @@ def check() -> None:
 def link(rate: str) -> Iterator[tuple[str, str]]:
     """The names of two namespaces whose only way to each other has this rate, both ways; gone afterwards.
 
+    Args:
+        rate: as `tc` has it, such as "100mbit".
+
     Raises:
         NoLink: as `check` says, or shaping is not possible.
     """
@@ -61,22 +62,8 @@ def link(rate: str) -> Iterator[tuple[str, str]]:
             _run(*inside, "ip", "address", "add", f"10.213.7.{number}/24", "dev", "sw0")
             _run(*inside, "ip", "link", "set", "lo", "up")
             _run(*inside, "ip", "link", "set", "sw0", "up")
-            _run(
-                *inside,
-                "tc",
-                "qdisc",
-                "add",
-                "dev",
-                "sw0",
-                "root",
-                "tbf",
-                "rate",
-                rate,
-                "burst",
-                "256kb",
-                "latency",
-                "100ms",
-            )
+            shape = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "100ms")
+            _run(*inside, "tc", "qdisc", "add", "dev", "sw0", *shape)
         yield names
     finally:
         for name in names:

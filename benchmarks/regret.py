@@ -31,6 +31,7 @@ from shardwise.machine.device import Link
 from shardwise.machine.here import here, machine_file, measured_file
 from shardwise.machine.quantity import Quantity
 from shardwise.measure.machine import discover
+from shardwise.report.planned import title
 from shardwise.search.choose import planner_of
 from shardwise.search.planner import Planner, Priced
 from shardwise.search.space import Options
@@ -125,20 +126,6 @@ def chosen(planner: Planner, most: int) -> tuple[Priced, list[Priced], int, dict
     return best, wanted, count, left
 
 
-def named(priced: Priced) -> str:
-    """A plan in a few words."""
-    plan = priced.plan
-    words = [plan.title()]
-    if plan.micro_batches > 1:
-        words.append(f"{plan.micro_batches} micro-batches")
-    if plan.stages > 1:
-        each = plan.stages // plan.pipeline
-        words.append(plan.schedule + (f" of {each} stages a rank" if each > 1 else ""))
-    if plan.recompute:
-        words.append("recompute")
-    return ", ".join(dict.fromkeys(words))
-
-
 class Bench:
     """Measures rows.
 
@@ -174,7 +161,7 @@ class Bench:
         for k, (priced, times) in enumerate(zip(wanted, found["seconds"], strict=True)):
             low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
             entry = {
-                "plan": named(priced), "measured_s": statistics.median(times), "low_s": low, "high_s": high,
+                "plan": title(priced), "measured_s": statistics.median(times), "low_s": low, "high_s": high,
                 "steps": len(times), "predicted_s": priced.estimate.step, "terms": dict(priced.estimate.seconds),
                 "predicted_bytes": priced.estimate.peak, "text": priced.plan.text(),
             }  # fmt: skip
@@ -282,7 +269,7 @@ def main() -> None:
                         add(bench.row(workload, link, n, here(n), None))
                 continue
             try:
-                with netns.link(netns.LINKS[link]) as names:
+                with netns.link(link) as names:
                     for n in counts:
                         cluster = slow_cluster(names, link, n)
                         for workload in options.workload:

@@ -77,20 +77,15 @@ def _model(shape: Shape) -> torch.nn.Module:
     AttentionInterface.register("causal", _causal)
     AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)
     common: dict[str, Any] = {"vocab_size": shape.vocab, "use_cache": False, "attn_implementation": "causal"}
-    if shape.family == "nemotron":
-        config = t.NemotronConfig(
+    if shape.family != "gpt":
+        kinds = {"llama": (t.LlamaConfig, t.LlamaForCausalLM), "nemotron": (t.NemotronConfig, t.NemotronForCausalLM)}
+        sizes, model = kinds[shape.family]
+        config = sizes(
             hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads, intermediate_size=shape.ffn, max_position_embeddings=shape.length,
             tie_word_embeddings=shape.tied, **common,
         )  # fmt: skip
-        return t.NemotronForCausalLM(config).to(torch.bfloat16)
-    if shape.family == "llama":
-        config = t.LlamaConfig(
-            hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads, intermediate_size=shape.ffn, max_position_embeddings=shape.length,
-            tie_word_embeddings=shape.tied, **common,
-        )  # fmt: skip
-        return t.LlamaForCausalLM(config).to(torch.bfloat16)
+        return model(config).to(torch.bfloat16)
     config = t.GPT2Config(
         n_embd=shape.hidden, n_layer=shape.layers, n_head=shape.heads, n_inner=shape.ffn, n_positions=shape.length,
         tie_word_embeddings=True, **common,

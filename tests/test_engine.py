@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.zoo.plain import CausalLM, ConvNet, FrozenLM, adamw_cosine, class_los
 pytestmark = pytest.mark.slow
 
 DATA, ZERO1, ZERO2, ZERO3 = (Plan((data(),), zero=zero) for zero in range(4))
+SHARED = Plan((replace(data(), shares=(3, 1)),))
 HEADS = Plan((tensor("heads*", "width@blocks.0.mlp", "vocabulary*", "classes*"),))
 SEQUENCE = Plan((tensor("heads*", "width@blocks.0.mlp", "sequence"),))
 
@@ -52,9 +54,10 @@ def check(pool: Pool, job: Job, plan: Plan, sizes: tuple[int, ...] = (), steps: 
 
 @pytest.mark.parametrize(
     "plan",
-    [DATA, DATA.with_(micro_batches=2), ZERO1, ZERO3, ZERO2.with_(micro_batches=2), SEQUENCE, Plan(micro_batches=3)],
+    [DATA, DATA.with_(micro_batches=2), ZERO1, ZERO3, ZERO2.with_(micro_batches=2), SEQUENCE, Plan(micro_batches=3),
+     SHARED, SHARED.with_(zero=3)],
     ids=Plan.title,
-)
+)  # fmt: skip
 def test_batches_that_do_not_divide_and_differ(pool: Pool, plan: Plan) -> None:
     check(pool, language(), plan, (8, 5, 7))
 
@@ -79,6 +82,12 @@ def test_a_rank_is_fed_its_share_of_each_batch(pool: Pool) -> None:
     first, second = pool(2).run(fed, language(), DATA)
     assert first[0] == first[1] == second[0] == second[1], "the loss is the same number on every rank"
     assert [a + b for a, b in zip(first[2], second[2], strict=True)] == [8, 5]
+
+
+def test_ranks_with_unequal_shares_are_fed_by_them(pool: Pool) -> None:
+    first, second = pool(2).run(fed, language(), SHARED)
+    assert first[0] == first[1] == second[0] == second[1], "the loss is the same number on every rank"
+    assert (first[2], second[2]) == ([6, 4], [2, 1])
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -337,7 +346,7 @@ def convolved() -> Job:
 
 @pytest.mark.parametrize(
     "plan",
-    [DATA, ZERO1, ZERO3, Plan((tensor("channels*", "classes*"),)), staged(convolved(), micro_batches=1)],
+    [DATA, ZERO1, ZERO3, SHARED, Plan((tensor("channels*", "classes*"),)), staged(convolved(), micro_batches=1)],
     ids=Plan.title,
 )
 def test_batch_norm_and_its_buffers_are_those_of_the_whole_batch(pool: Pool, plan: Plan) -> None:

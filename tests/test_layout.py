@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
+from shardwise.parallel import collectives
 from shardwise.parallel.hybrid import Split
 from shardwise.parallel.layout import VARIES, WHOLE, Cut
 from shardwise.parallel.mesh import Mesh
@@ -35,7 +36,7 @@ def language() -> tuple[Job, Graph]:
 
 def split(graph: Graph, *axes: PlanAxis, rank: int = 0, **changes: Any) -> Split:
     plan = Plan(axes, **changes)
-    return Split(graph, plan, Mesh.build([(a.name, a.size) for a in axes], rank=rank))
+    return Split(graph, plan, Mesh.build(axes, rank=rank))
 
 
 def sends(found: Split) -> tuple[Counter[str], Counter[str]]:
@@ -61,9 +62,9 @@ def test_data_parallel_sends_gradients_and_nothing_in_between() -> None:
     found = split(graph, data())
     assert all(stored(found, name) == WHOLE for name in graph.params)
     summed = {name for name, value in graph.params.items() if found.layout.grad_axes(value)}
-    assert summed == set(graph.params) - {"position.weight"}, "positions are the same for all samples"
-    # The number of labels, and the gradient of what all samples share; the loss is summed after backward.
-    assert sends(found) == ({"all_reduce": 1}, {"all_reduce": 1})
+    assert summed == set(graph.params), "that of positions too, which are the same for all samples"
+    # The number of labels; the loss is summed after backward.
+    assert sends(found) == ({"all_reduce": 1}, {})
     assert found.layout.share(next(op for op in graph.ops if op.name == "aten.linear")) == 0.5
 
 
@@ -209,7 +210,7 @@ def test_a_parameter_that_is_used_in_two_ways_is_stored_whole() -> None:
     value = graph.params["cases.0.weights.0"]
     found = split(graph, tensor(value.dims[1].leaves()[0].name))
     assert found.layout.states[value] == (WHOLE,)
-    assert {use[0] for use in found.layout.uses[value]} == {Cut(1, 0), WHOLE}
+    assert {use[0] for use in found.layout.uses[value]} == {Cut(1, 0), VARIES}
     assert found.layout.grad_axes(value) == (0,)
 
 
@@ -225,6 +226,36 @@ def test_a_weight_of_every_head_gets_a_partial_gradient() -> None:
     scale = graph.params["cases.0.weights.1"]
     assert found.layout.uses[scale] == [(VARIES,)]
     assert found.layout.grad_axes(scale) == (0,)
+
+
+def test_what_is_made_of_parameters_alone_passes_its_gradient_on_to_them() -> None:
+    """A bias that is reshaped for its channels is summed with the other parameters, and fused into its convolution."""
+
+    def convolved(x: Tensor, ids: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        return F.conv1d(x, w, bias)
+
+    graph = Graph.of(case((convolved, (3, 9), ((8, 3, 3), (8,)))))
+    found = split(graph, data())
+    assert found.layout.grad_axes(graph.params["cases.0.weights.1"]) == (0,)
+    assert sends(found)[1] == {}
+    (program,) = RankModel(found, torch.device("cpu")).programs.values()
+    assert [n.args[2].op for n in program.module.graph.nodes if "conv1d" in str(n.target)] == ["get_attr"]
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_gradients_of_a_tensor_made_of_parameters_are_summed_once_for_all_its_uses(late: bool) -> None:
+    """One use is by all samples, one is the same on every rank: its part of the sum is counted once."""
+
+    def used_twice(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        made = w.exp() if late else w
+        return x + (x * made).sum(0, keepdim=True).exp() * made
+
+    graph = Graph.of(case((used_twice, (4, 6), ((6,),))))
+    found = split(graph, data())
+    (program,) = RankModel(found, torch.device("cpu")).programs.values()
+    (scaled,) = [n for n in program.module.graph.nodes if n.target is collectives.scale_grad]
+    assert scaled.args[1] == 0.5
+    assert sends(found)[1] == {"all_reduce": 1}, "that of what the samples share, which is no parameter's"
 
 
 # --- micro-batches and stages -----------------------------------------------------------------------------------------

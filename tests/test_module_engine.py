@@ -107,7 +107,8 @@ def test_a_mean_over_labels_is_one_of_the_whole_batch(pool: Pool, loss: str, way
         assert errors.traffic == ""
 
 
-def test_batches_that_do_not_divide(pool: Pool) -> None:
-    for errors in pool(2).run(outcome, job(plain, 7), PLANS["data"], 2, timeout=60):
+@pytest.mark.parametrize("shares", [(), (1, 2)])
+def test_batches_that_do_not_divide(pool: Pool, shares: tuple[int, ...]) -> None:
+    for errors in pool(2).run(outcome, job(plain, 7), Plan((PlanAxis("data", 2, ("batch",), shares),)), 2, timeout=60):
         assert isinstance(errors, Errors), errors
         assert errors.worst < 1e-9, errors

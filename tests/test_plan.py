@@ -27,7 +27,9 @@ def plans(draw: st.DrawFn) -> Plan:
     sizes = st.integers(1, 8)
     axes = [PlanAxis(n, draw(sizes), tuple(draw(st.lists(DIMS, max_size=3)))) for n in names]
     if draw(st.booleans()):
-        axes.append(PlanAxis("data", draw(st.integers(2, 8)), ("batch",)))
+        size = draw(st.integers(2, 8))
+        shares = draw(st.lists(st.integers(1, 9), min_size=size, max_size=size) | st.just([]))
+        axes.append(PlanAxis("data", size, ("batch",), tuple(shares)))
     stages = draw(st.sampled_from([1, 2, 3]))
     ranks = draw(st.sampled_from([1, 2, 4])) if stages > 1 else 1
     if stages > 1:
@@ -136,6 +138,9 @@ def test_differences_name_the_axis_and_both_values() -> None:
         ({"axes": (PlanAxis("data", 0, ("batch",)),)}, "axis data must have a size of at least 1, but has 0"),
         ({"axes": (DATA, DATA)}, "axis data is there twice; give each axis its own name"),
         ({"axes": (PlanAxis("my axis", 2),)}, "names must be words, but 'my axis' has a space"),
+        ({"axes": (PlanAxis("data", 2, ("batch",), (3, 1, 1)),)}, "axis data has 2 ranks and shares 3:1:1; give each"),
+        ({"axes": (PlanAxis("data", 2, ("batch",), (3, 0)),)}, "shares 3:0; give each rank a whole number of at least 1"),
+        ({"axes": (PlanAxis("t", 2, ("heads*",), (3, 1)),)}, "axis t shares samples out 3:1, but does not split the b"),
         ({"axes": (PIPE,)}, "1 stages, which 2 pipeline ranks do not divide; give 1 cuts, or a multiple of 2"),
         ({"axes": (PIPE,), "cuts": ("a.0", "b.0")}, "2 cuts make 3 stages, which 2 pipeline ranks do not divide"),
         ({"axes": (PIPE, DATA), "cuts": ("a.0",), "zero": 3, "schedule": "zero-bubble"}, "use zero 2, or"),
@@ -157,6 +162,7 @@ def test_a_plan_that_cannot_be_is_refused(given_: dict[str, Any], message: str) 
         ("shardwise plan 1\naxis data\n", "line 2 of the plan, 'axis data', is not understood; a line starts with"),
         ("shardwise plan 1\nzero\n", "line 2 of the plan, 'zero', is not understood"),
         ("shardwise plan 1\nsplit everything\n", "line 2 of the plan, 'split everything', is not understood"),
+        ("shardwise plan 1\nshares data 3 1\n", "line 2 of the plan shares out over axis 'data', but no line before"),
         ("{", "the plan is not JSON"),
         ('{"axis": []}', "a plan has no axis; it has axes, batch_norm"),
         ('{"axes": [{"name": "data"}]}', "an axis must be {name, size, dims}"),

@@ -234,10 +234,9 @@ class Work:
         forward, backward = [], []
         for value, need in self._first_uses[op]:
             made = self.layout.states[value]
-            if value in self._params:
-                made = tuple(s if isinstance(s, Cut) else VARIES for s in made)
+            late = self.layout.grad_axes(value)
             for a, axis in enumerate(self.axes):
-                if axis.size == 1 or made[a] == need[a]:
+                if axis.size == 1 or made[a] == need[a] or a in late:
                     continue
                 size = self.local_bytes(value, samples, (*made[:a], WHOLE, *made[a + 1 :]))
                 there, back = exchanged(made[a], need[a])
@@ -251,7 +250,7 @@ class Work:
                 size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
                 forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
         for value in self._shared[op]:
-            # No parameter, so that its gradient is summed at once, not with the others after backward.
+            # Not made of parameters alone, so that its gradient is summed at once, not with theirs after backward.
             backward.append(Message(DATA, "all_reduce", self.local_bytes(value, samples)))
         if op.name in _BATCH_NORMS:
             # Over the ranks that split the batch: mean, squares and count of each channel; then two gradients.
@@ -276,7 +275,7 @@ class Work:
 
     @cached_property
     def _shared(self) -> Mapping[Op, list[Value]]:
-        """Tensors that are alike for all samples, such as a bias that was reshaped, at their first use with samples."""
+        """Tensors of the batch that are alike for all its samples, at their first use with samples."""
         seen: set[Value] = set()
         found: dict[Op, list[Value]] = {}
         for op in self.graph.ops:
@@ -286,7 +285,7 @@ class Work:
             for value in op.inputs:
                 if value in self.graph.needs_grad and not _counts_samples(value) and value not in seen:
                     seen.add(value)
-                    if value in self.graph.producer:
+                    if value not in self.graph.steady:
                         mine.append(value)
         return found
 

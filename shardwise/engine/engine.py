@@ -69,7 +69,7 @@ class GraphEngine(Engine):
             raise PlanError(
                 f"the plan is for model {plan.model}, but this one is {graph.fingerprint()}; make a new plan for it"
             )
-        self.mesh = Mesh.build([(a.name, a.size) for a in plan.axes])
+        self.mesh = Mesh.build(plan.axes)
         self.split = Split(graph, plan, self.mesh)
         self.model = RankModel(
             self.split, self.device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardwise.errors import PlanError
 from shardwise.job import Batch, batch_size, batch_tensors, map_batch
+from shardwise.parallel import lower
 from shardwise.parallel.hybrid import Split
 from shardwise.plan.plan import Plan
 
@@ -83,12 +84,16 @@ def check_parts(plan: Plan, total: int) -> None:
     Raises:
         PlanError: a batch of `total` samples is too small.
     """
-    ranks = math.prod(axis.size for axis in plan.axes if "batch" in axis.dims)
-    parts = plan.micro_batches * ranks
-    if total < parts:
+    axes = [axis for axis in plan.axes if "batch" in axis.dims]
+    least = total // plan.micro_batches
+    for axis in axes:
+        least = min(lower.part_sizes(least, (), axis.shares or axis.size))
+    if least < 1:
+        parts = plan.micro_batches * math.prod(sum(axis.shares) or axis.size for axis in axes)
+        shared = "".join(f", shared out {':'.join(map(str, axis.shares))}" for axis in axes if axis.shares)
         raise PlanError(
-            f"a batch of {total} samples cannot be cut into {parts} parts "
-            f"({plan.micro_batches} micro-batches on {ranks} data ranks); give at least {parts} samples"
+            f"a batch of {total} samples cannot be cut into {plan.micro_batches} micro-batches on "
+            f"{math.prod(axis.size for axis in axes)} data ranks{shared}; give at least {parts} samples"
         )
 
 

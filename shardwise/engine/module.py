@@ -79,7 +79,7 @@ class ModuleEngine(Engine):
             self.module.to(dtype)
         self.module.train()
         _check(plan, self.module, why)
-        self.mesh = Mesh.build([(a.name, a.size) for a in plan.axes])
+        self.mesh = Mesh.build(plan.axes)
         self._axis = self.mesh.get(PIPELINE)
         stages = stage_modules(self.module, plan.cuts)
         self._feeder = _Feeder(self.mesh, plan, self.device, dtype)
@@ -313,7 +313,7 @@ class _Feeder:
 
     def rows(self, total: int) -> list[Rows]:
         """This rank's samples of each micro-batch of `total` samples."""
-        chain = [(axis.size, axis.rank) for axis in self.mesh.axes if axis.name != PIPELINE]
+        chain = [(axis.parts, axis.rank) for axis in self.mesh.axes if axis.name != PIPELINE]
         count, found = self.plan.micro_batches, []
         for m in range(count):
             first, samples = lower.chunk_start(total, count, m), lower.chunk(total, count, m)

@@ -174,6 +174,16 @@ class Graph:
                 found.update(values)
         return frozenset(found)
 
+    @cached_property
+    def steady(self) -> frozenset[Value]:
+        """Tensors that are computed from parameters and constants alone, and so are the same for every batch."""
+        found: set[Value] = set()
+        for node, values in self.values.items():
+            sources = [self.value(n) for n in node.all_input_nodes]
+            if node.name not in self.captured.inputs and all(s is not None and s in found for s in sources):
+                found.update(values)
+        return frozenset(found)
+
     def dims(self) -> Iterator[Dim]:
         """Every named dim that some operator can be split on, in order of appearance."""
         seen: set[int] = set()

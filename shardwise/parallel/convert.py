@@ -24,7 +24,7 @@ class Converter:
     layout: Layout
     writer: Writer
 
-    def convert(self, value: Value, node: fx.Node, produced: States, target: States, is_param: bool) -> fx.Node:
+    def convert(self, value: Value, node: fx.Node, produced: States, target: States) -> fx.Node:
         """A tensor in other states than it is in.
 
         Args:
@@ -32,12 +32,11 @@ class Converter:
             node: the tensor as it is produced.
             produced: its states there.
             target: the states wanted.
-            is_param: whether it is a parameter, whose gradient is summed over all its uses at once, after backward.
         """
         # Inner cuts of a dim are undone before outer ones, and made after them.
         now = list(produced)
         node = self._undo(value, node, now, target)
-        return self._make(value, node, now, target, is_param)
+        return self._make(value, node, now, target)
 
     def _undo(self, value: Value, node: fx.Node, now: list[State], target: States) -> fx.Node:
         """Leave the cuts and sums that `target` does not have; `now` becomes what is left."""
@@ -73,15 +72,17 @@ class Converter:
                 now[a] = new
         return node
 
-    def _make(self, value: Value, node: fx.Node, now: list[State], target: States, is_param: bool) -> fx.Node:
+    def _make(self, value: Value, node: fx.Node, now: list[State], target: States) -> fx.Node:
         """Make the cuts that `now` does not have."""
         w, grad = self.writer, value in self.graph.needs_grad
+        # What differs by rank in these gradients is summed once for all uses, after backward.
+        late = self.layout.grad_axes(value)
         for a in range(len(now)):
             old, new = now[a], target[a]
             axis = w.axes[a]
             if axis is None:
                 node = self._in_time(a, node, old, new, value)
-            elif old == new and not (is_param and isinstance(new, Whole)):
+            elif old == new and not (a in late and new == WHOLE):
                 continue
             elif old == PARTIAL and isinstance(new, Cut):
                 now[a] = WHOLE
@@ -91,15 +92,15 @@ class Converter:
                 _announce(node, value, axis, ("reduce_scatter", tuple(now)), back)
             elif isinstance(old, Whole) and isinstance(new, Cut):
                 now[a] = WHOLE
-                pads = is_param or not grad
+                pads = a in late or not grad
                 node = w.call(c.scatter, node, w.axis(a), *w.geometry(value, now, a, new), pads)
                 now[a] = new
-                if grad and not is_param:
+                if not pads:
                     _announce(node, value, axis, None, ("all_gather", tuple(now)))
             elif isinstance(old, Whole) and isinstance(new, Whole):
-                if grad and is_param:
-                    # A parameter's gradient is summed once, after backward; see Layout.grad_axes.
-                    if new == WHOLE and a in self.layout.grad_axes(value):
+                if a in late:
+                    # Every rank has all of this use's gradient.
+                    if new == WHOLE:
                         node = w.call(c.scale_grad, node, 1.0 / axis.size)
                 elif grad and new == VARIES:
                     node = w.call(c.vary, node, w.axis(a))

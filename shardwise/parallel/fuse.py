@@ -20,7 +20,7 @@ def fuse_bias(graph: fx.Graph) -> None:
         if not isinstance(product, fx.Node) or not isinstance(bias, fx.Node) or len(product.users) != 1:
             continue
         linear = product.target is aten.linear.default and bias.op == "get_attr"
-        if bias.target is aten.view.default and product.target in _CONVOLUTIONS:
+        if bias.target in _VIEWS and product.target in _CONVOLUTIONS:
             bias, linear = bias.all_input_nodes[0], True
         if product.target is aten.mm.default and bias.op == "get_attr":
             with graph.inserting_before(node):
@@ -40,6 +40,7 @@ def fuse_bias(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
+_VIEWS: Collection[Any] = {aten.view.default, aten.reshape.default}
 _CONVOLUTIONS: Collection[Any] = {
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,

@@ -73,27 +73,26 @@ class Split:
         count = self.plan.micro_batches
         return [Micro(lower.chunk(total, count, m), lower.chunk_start(total, count, m), total) for m in range(count)]
 
-    def chain(self, states: Sequence[State], cut: Cut, first: Axis | None = None) -> list[tuple[int, int]]:
-        """The mesh cuts of one leaf, outermost first: parts, and this rank's, or the first one's along axis `first`."""
-        cuts = (x for x, s in zip(self.axes, states, strict=True) if x is not None and s == cut)
-        return [(x.size, 0 if x is first else x.rank) for x in cuts]
+    def _cutting(self, states: Sequence[State], cut: Cut) -> list[Axis]:
+        """The mesh axes that cut one leaf, outermost first."""
+        return [x for x, s in zip(self.axes, states, strict=True) if x is not None and s == cut]
 
     def rows(self, value: Value, micro: Micro) -> tuple[int, int]:
         """Which samples of the step this rank needs of a batch tensor, for one micro-batch."""
-        chain = self.chain(self.layout.states[value], Cut(0, 0))
+        chain = [(x.parts, x.rank) for x in self._cutting(self.layout.states[value], Cut(0, 0))]
         start = micro.first + lower.local_start(micro.samples, chain)
         return start, start + lower.local_count(micro.samples, chain)
 
-    def local_shape(self, value: Value, states: States, micro: Micro, first: Axis | None = None) -> tuple[int, ...]:
+    def local_shape(self, value: Value, states: States, micro: Micro, most: Axis | None = None) -> tuple[int, ...]:
         """The shape of a tensor on this rank, for a micro-batch.
 
-        With an axis `first` on the first rank along it, which has the largest part where samples do not divide.
+        With an axis `most` on the rank along it that has the largest part of the samples.
         """
 
         def size(leaf: Cut) -> int:
             # What holds nothing of the samples' own may have a place for each of the whole step.
             samples = micro.total if self.timed and states[0] != leaf else micro.samples
-            return self._leaf_size(value, leaf, states, samples, first)
+            return self._leaf_size(value, leaf, states, samples, most)
 
         return tuple(
             math.prod(size(Cut(pos, k)) for k in range(len(dim.leaves()))) for pos, dim in enumerate(value.dims)
@@ -104,13 +103,13 @@ class Split:
         return math.prod(self._leaf_size(value, Cut(cut.pos, k), states, samples) for k in range(cut.leaf))
 
     def _leaf_size(
-        self, value: Value, leaf: Cut, states: Sequence[State], samples: int, first: Axis | None = None
+        self, value: Value, leaf: Cut, states: Sequence[State], samples: int, most: Axis | None = None
     ) -> int:
         size = value.dims[leaf.pos].leaves()[leaf.leaf].size
-        chain = self.chain(states, leaf, first)
+        axes = self._cutting(states, leaf)
         if size == BATCH:
-            return lower.local_count(samples, chain)
-        return size.at(samples) // math.prod(parts for parts, _ in chain)
+            return lower.local_count(samples, [(x.parts, x.largest if x is most else x.rank) for x in axes])
+        return size.at(samples) // math.prod(x.size for x in axes)
 
     # -- parameters --------------------------------------------------------------------------------------------------
 

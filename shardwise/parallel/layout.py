@@ -8,7 +8,8 @@ One pass in execution order. On each axis an operator takes the first of the axi
 
 Where an operator needs a tensor otherwise than it is, the edge converts it (`parallel.convert`). Gradients mirror
 this: a tensor that is whole but feeds an operator that splits gets a partial gradient ("varies"). For a weight under
-a batch split that partial gradient is data parallel's gradient all-reduce.
+a batch split that partial gradient is data parallel's gradient all-reduce. What is made of weights alone, such as a
+reshaped bias, passes its partial gradient on to them, so that it is summed with theirs, once a step.
 """
 
 from __future__ import annotations
@@ -70,10 +71,14 @@ class SplitAxis:
 
 
 class Choice(NamedTuple):
-    """What an operator does on one axis: splits a letter, passes partial sums of some inputs on, or runs whole."""
+    """What an operator does on one axis: splits a letter, passes partial sums of some inputs on, or runs whole.
+
+    One that runs whole may be `late`: its backward passes partial gradients on, which are summed with parameters'.
+    """
 
     letter: Letter | None = None
     passes: frozenset[Slot] = frozenset()
+    late: bool = False
 
 
 class Layout:
@@ -94,6 +99,7 @@ class Layout:
         self._place_inputs()
         for op in graph.ops:
             self._place(op)
+        self._postpone()
         self._place_params()
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ class Layout:
             elif choice.passes:
                 found.append(PARTIAL if slot in choice.passes else VARIES)
             else:
-                found.append(WHOLE)
+                found.append(VARIES if choice.late else WHOLE)
         if value not in self.graph.needs_grad:
             found = [WHOLE if state == VARIES else state for state in found]
         return tuple(found)
@@ -237,6 +243,20 @@ class Layout:
         largest = max(op.context.operand(slot).value.numel().at(NOMINAL_BATCH) for slot in partial)
         return partial if all(v.numel().at(NOMINAL_BATCH) <= largest for v in op.outputs) else none
 
+    def _postpone(self) -> None:
+        """Find the operators on parameters alone whose gradients differ by rank."""
+        varied: dict[Value, set[int]] = {}
+        for op in reversed(self.graph.ops):
+            if all(v in self.graph.steady for v in op.outputs):
+                partial = set().union(*(varied.get(v, ()) for v in op.outputs))
+                self.choices[op] = tuple(
+                    choice._replace(late=a in partial and choice == Choice() and self.axes[a].name != TIME)
+                    for a, choice in enumerate(self.choices[op])
+                )
+            for operand in op.context.inputs:
+                needs = self.needs(op, operand.slot)
+                varied.setdefault(operand.value, set()).update(a for a, state in enumerate(needs) if state != WHOLE)
+
     def _place_params(self) -> None:
         """Store a parameter cut where all its uses need the same cut of it."""
         for value in self.graph.params.values():
@@ -249,9 +269,11 @@ class Layout:
             self.states[value] = tuple(states)
 
     def grad_axes(self, value: Value) -> tuple[int, ...]:
-        """The axes over which a stored parameter's gradient is to be summed."""
+        """The axes over which a tensor's gradient is summed after backward: a parameter's own, or with parameters'."""
         if value not in self.graph.needs_grad:
             return ()
+        if value in self.graph.producer:
+            return tuple(a for a, choice in enumerate(self.choices[self.graph.producer[value]]) if choice.late)
         stored = self.states[value]
         return tuple(
             a

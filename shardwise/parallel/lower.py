@@ -6,6 +6,7 @@ These run inside a rank's program. `axes` are the mesh axes that cut the letter,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,18 +18,31 @@ from shardwise.parallel.collectives import all_reduce_, merge_view, split_view
 from shardwise.parallel.mesh import Axis
 
 aten = torch.ops.aten
-Chain = Sequence[tuple[int, int]]
-"""Cuts of one dim, outermost first: (number of parts, this rank's part)."""
+Parts = int | tuple[int, ...]
+"""Into how many equal parts, or the shares of unequal ones."""
+Chain = Sequence[tuple[Parts, int]]
+"""Cuts of one dim, outermost first: (parts, this rank's part)."""
 
 
-def chunk(n: int, parts: int, index: int) -> int:
+def chunk(n: int, parts: Parts, index: int) -> int:
     """Size of part `index` of `n`; the first parts are larger where it does not divide."""
-    return n // parts + (index < n % parts)
+    return n // parts + (index < n % parts) if isinstance(parts, int) else _by_shares(n, parts)[index]
 
 
-def chunk_start(n: int, parts: int, index: int) -> int:
+def chunk_start(n: int, parts: Parts, index: int) -> int:
     """Where part `index` of `n` starts."""
-    return (n // parts) * index + min(index, n % parts)
+    return (n // parts) * index + min(index, n % parts) if isinstance(parts, int) else sum(_by_shares(n, parts)[:index])
+
+
+@lru_cache
+def _by_shares(n: int, shares: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of parts in proportion to shares; what is left over goes to the largest remainders, the first first."""
+    whole = sum(shares)
+    sizes = [n * share // whole for share in shares]
+    remainders = sorted(range(len(shares)), key=lambda i: -(n * shares[i] % whole))
+    for i in remainders[: n - sum(sizes)]:
+        sizes[i] += 1
+    return tuple(sizes)
 
 
 def local_count(n: int, chain: Chain) -> int:
@@ -47,10 +61,10 @@ def local_start(n: int, chain: Chain) -> int:
     return start
 
 
-def part_sizes(n: int, chain: Chain, parts: int) -> list[int]:
+def part_sizes(n: int, chain: Chain, parts: Parts) -> list[int]:
     """The sizes of the parts that this rank's samples would be cut into."""
     n = local_count(n, chain)
-    return [chunk(n, parts, i) for i in range(parts)]
+    return [chunk(n, parts, i) for i in range(parts if isinstance(parts, int) else len(parts))]
 
 
 def embedding(table: Tensor, index: Tensor, start: int, padding: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from shardwise.errors import PlanError
 from shardwise.machine.backend import wait_at_exit
+from shardwise.plan.plan import PlanAxis
 
 
 class Traffic(NamedTuple):
@@ -53,6 +54,7 @@ class Axis:
         rank: this rank's place along it.
         group: its process group; None for a size of one, or where nothing is sent.
         ranks: the global ranks along it.
+        shares: how the samples that the axis splits are shared out; empty for equally.
     """
 
     name: str
@@ -61,6 +63,17 @@ class Axis:
     group: dist.ProcessGroup | None
     ranks: tuple[int, ...]
     recorder: Recorder
+    shares: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> int | tuple[int, ...]:
+        """Into what it splits samples: so many equal parts, or parts of these shares."""
+        return self.shares or self.size
+
+    @property
+    def largest(self) -> int:
+        """The place along it with the largest part of the samples."""
+        return self.shares.index(max(self.shares)) if self.shares else 0
 
     def record(self, kind: str, size: int) -> None:
         self.recorder.add(kind, self.name, size)
@@ -112,25 +125,28 @@ class Mesh:
         return tuple(axis.rank for axis in self.axes)
 
     @classmethod
-    def build(cls, sizes: Sequence[tuple[str, int]], rank: int | None = None) -> Mesh:
+    def build(cls, planned: Sequence[PlanAxis], rank: int | None = None) -> Mesh:
         """The mesh of the default process group; without one, a mesh that only one rank can use.
+
+        Args:
+            planned: the axes of a plan.
+            rank: this rank, for a mesh over which nothing is sent.
 
         Raises:
             PlanError: the axes' product is not the number of ranks.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         me = rank if rank is not None else (dist.get_rank() if dist.is_initialized() else 0)
-        total = 1
-        for _, size in sizes:
-            total *= size
+        sizes = [(axis.name, axis.size) for axis in planned]
+        total = math.prod(size for _, size in sizes)
         if total != world and rank is None:
             shape = " x ".join(f"{name} {size}" for name, size in sizes) or "one rank"
             raise PlanError(f"the plan is for {total} ranks ({shape}), but {world} are running; start {total} ranks")
         recorder = Recorder()
         axes = []
-        for index, (name, size) in enumerate(sizes):
+        for index, axis in enumerate(planned):
             mine, group = _group(sizes, index, me, real=rank is None)
-            axes.append(Axis(name, size, mine.index(me), group, tuple(mine), recorder))
+            axes.append(Axis(axis.name, axis.size, mine.index(me), group, tuple(mine), recorder, axis.shares))
         return cls(tuple(axes), me, recorder)
 
 

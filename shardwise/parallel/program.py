@@ -204,8 +204,7 @@ class Emitter:
     def get(self, value: Value, target: States) -> fx.Node:
         """A tensor in the states that a use needs."""
         produced = self.produced(value)
-        is_param = self._sources[value].name in self.graph.captured.params
-        if produced == target and not is_param:
+        if produced == target and not self.layout.grad_axes(value):
             return self.base(value)
         if (value, target) in self.converted:
             return self.converted[value, target]
@@ -213,7 +212,7 @@ class Emitter:
         if self._readers.get(value) != {block}:
             # Made once for all blocks that read it, and so part of none.
             self.writer.block = ""
-        node = self.converter.convert(value, self.base(value), produced, target, is_param)
+        node = self.converter.convert(value, self.base(value), produced, target)
         self.writer.block = block
         self.converted[value, target] = node
         return node

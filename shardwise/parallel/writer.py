@@ -77,7 +77,7 @@ class Writer:
         if size.power == 0:
             return size.coefficient
         samples = samples if samples is not None else self.samples
-        chain = tuple((axis.size, axis.rank) for axis in batch_axes)
+        chain = tuple((axis.parts, axis.rank) for axis in batch_axes)
         key = ("count", chain, samples)
         if key not in self._cache:
             self._cache[key] = self.number_call(lower.local_count, samples, chain) if chain else samples
@@ -130,9 +130,9 @@ class Writer:
             lead = self.times(lead, self.leaf_size(value, cut.pos, k, states))
         dim = value.dims[cut.pos].leaves()[cut.leaf]
         if dim.size == BATCH:
-            chain = tuple((x.size, x.rank) for x in self._chain(value, cut.pos, cut.leaf, states, but=a))
+            chain = tuple((x.parts, x.rank) for x in self._chain(value, cut.pos, cut.leaf, states, but=a))
             samples = self._samples(cut.pos, cut.leaf, states)
-            return cut.pos, lead, self.number_call(lower.part_sizes, samples, chain, axis.size)
+            return cut.pos, lead, self.number_call(lower.part_sizes, samples, chain, axis.parts)
         whole = self.leaf_size(value, cut.pos, cut.leaf, states, but=a)
         assert isinstance(whole, int)
         return cut.pos, lead, (whole // axis.size,) * axis.size
@@ -140,8 +140,9 @@ class Writer:
     def start(self, value: Value, pos: int, leaf: int, states: Sequence[State]) -> Number:
         """Where this rank's part of a leaf starts; samples are counted over the whole step."""
         dim = value.dims[pos].leaves()[leaf]
-        chain = tuple((x.size, x.rank) for x in self._chain(value, pos, leaf, states))
+        axes = self._chain(value, pos, leaf, states)
         if dim.size == BATCH:
+            chain = tuple((x.parts, x.rank) for x in axes)
             samples = self._samples(pos, leaf, states)
             first: Number = self.first if samples is self.samples else 0
             if not chain:
@@ -149,9 +150,9 @@ class Writer:
             own = self.number_call(lower.local_start, samples, chain)
             return self.number_call(lower.plus, first, own)
         start, size = 0, dim.size.coefficient
-        for parts, index in chain:
-            size //= parts
-            start += size * index
+        for axis in axes:
+            size //= axis.size
+            start += size * axis.rank
         return start
 
     def part(self, states: Sequence[State]) -> tuple[int, Number]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any
 
 from shardwise.errors import PlanError
@@ -24,11 +25,13 @@ class PlanAxis:
         name: e.g. "data", "tensor", "pipeline".
         size: ranks along it.
         dims: names of the dims it splits, in order of preference; `*` stands for anything. None for the pipeline.
+        shares: of an axis that splits the batch, how its ranks share samples out, such as (3, 1); empty for equally.
     """
 
     name: str
     size: int
     dims: tuple[str, ...] = ()
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Plan:
             if axis.name in seen:
                 raise PlanError(f"axis {axis.name} is there twice; give each axis its own name")
             seen.add(axis.name)
+            _check_shares(axis)
         stages, ranks = len(self.cuts) + 1, self.pipeline
         if stages % ranks:
             raise PlanError(
@@ -136,7 +140,7 @@ class Plan:
 
     def title(self) -> str:
         """A few words: the axes and their sizes, ZeRO stage and micro-batches."""
-        parts = [f"{axis.name} {axis.size}" for axis in self.axes if axis.size > 1]
+        parts = [f"{axis.name} {axis.size}{_shared(axis)}" for axis in self.axes if axis.size > 1]
         if self.zero:
             parts.append(f"ZeRO-{self.zero}")
         if self.micro_batches > 1:
@@ -152,6 +156,8 @@ class Plan:
             lines.append(f"model {self.model}")
         for axis in self.axes:
             lines.append(" ".join([f"axis {axis.name} {axis.size}", *axis.dims]))
+            if axis.shares:
+                lines.append(" ".join([f"shares {axis.name}", *map(str, axis.shares)]))
         lines += [f"cut {cut}" for cut in self.cuts]
         defaults = Plan()
         for name, key in _KEYS.items():
@@ -188,7 +194,10 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON."""
-        return json.dumps({key: value for key, value in asdict(self).items() if key != "why"}, indent=2)
+        axes = [{key: value for key, value in asdict(axis).items() if key != "shares" or value} for axis in self.axes]
+        return json.dumps(
+            {key: value for key, value in asdict(self).items() if key != "why"} | {"axes": axes}, indent=2
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -206,9 +215,12 @@ class Plan:
             strange = ", ".join(sorted(set(data) - known)) if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"a plan has no {strange}; it has {', '.join(sorted(known))}")
         try:
-            axes = tuple(PlanAxis(a["name"], a["size"], tuple(a.get("dims", ()))) for a in data.get("axes", ()))
+            axes = tuple(
+                PlanAxis(a["name"], a["size"], tuple(a.get("dims", ())), tuple(a.get("shares", ())))
+                for a in data.get("axes", ())
+            )
         except (KeyError, TypeError) as error:
-            raise PlanError("an axis must be {name, size, dims}") from error
+            raise PlanError("an axis must be {name, size, dims}, and may have shares") from error
         lists = {k: data[k] for k in ("cuts", "recompute") if k in data}
         for key, words in lists.items():
             if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
@@ -255,6 +267,12 @@ def _read_line(n: int, words: list[str], given: dict[str, Any]) -> None:
     key, rest = words[0], words[1:]
     if key == "axis" and len(rest) >= 2:
         given["axes"].append(PlanAxis(rest[0], _whole(n, rest[1]), tuple(rest[2:])))
+    elif key == "shares" and len(rest) >= 2:
+        named = [i for i, axis in enumerate(given["axes"]) if axis.name == rest[0]]
+        if not named:
+            raise PlanError(f"line {n} of the plan shares out over axis {rest[0]!r}, but no line before has this axis")
+        shares = tuple(_whole(n, word) for word in rest[1:])
+        given["axes"][named[0]] = replace(given["axes"][named[0]], shares=shares)
     elif key == "cut" and len(rest) == 1:
         given["cuts"].append(rest[0])
     elif key == "model" and len(rest) == 1:
@@ -264,7 +282,7 @@ def _read_line(n: int, words: list[str], given: dict[str, Any]) -> None:
     elif key in _KEYS and len(rest) == 1:
         given[_KEYS[key]] = _whole(n, rest[0]) if key in _NUMBERS else rest[0]
     else:
-        known = ", ".join(["axis", "cut", "model", *_KEYS])
+        known = ", ".join(["axis", "shares", "cut", "model", *_KEYS])
         raise PlanError(f"line {n} of the plan, {' '.join(words)!r}, is not understood; a line starts with {known}")
 
 
@@ -275,7 +293,28 @@ def _whole(n: int, word: str) -> int:
 
 
 def _axis(axis: PlanAxis | None) -> str:
-    return "none" if axis is None else " ".join([str(axis.size), *axis.dims])
+    if axis is None:
+        return "none"
+    return " ".join([str(axis.size), *axis.dims, *(["shared", ":".join(map(str, axis.shares))] if axis.shares else [])])
+
+
+def _shared(axis: PlanAxis) -> str:
+    """An axis's shares, such as ` (4×3, 4×1)` for four ranks with three each and four with one."""
+    runs = [(share, len(list(members))) for share, members in groupby(axis.shares)]
+    said = ", ".join(f"{count}×{share}" if count > 1 else str(share) for share, count in runs)
+    return f" ({said})" if said else ""
+
+
+def _check_shares(axis: PlanAxis) -> None:
+    if not axis.shares:
+        return
+    said = ":".join(map(str, axis.shares))
+    if len(axis.shares) != axis.size or not all(isinstance(share, int) and share > 0 for share in axis.shares):
+        raise PlanError(
+            f"axis {axis.name} has {axis.size} ranks and shares {said}; give each rank a whole number of at least 1"
+        )
+    if "batch" not in axis.dims:
+        raise PlanError(f"axis {axis.name} shares samples out {said}, but does not split the batch; leave shares out")
 
 
 def _value(value: Any) -> str:

@@ -110,7 +110,7 @@ class Maker:
             PlanError: it does not fit.
         """
         check_fixed_batch(self.graph, plan)
-        return Split(self.graph, plan, Mesh.build([(a.name, a.size) for a in plan.axes], rank=0))
+        return Split(self.graph, plan, Mesh.build(plan.axes, rank=0))
 
     def one(self) -> Plan:
         """The plan for one rank."""

@@ -72,17 +72,29 @@ def everything(planner: Planner) -> float | None:
     return best
 
 
+Widths = tuple[int, ...]
+Wanted = tuple[str, float | None, dict[str, int]]
 WIDTHS = st.lists(st.sampled_from([64, 256, 2048]), min_size=3, max_size=3).map(tuple)
 CLUSTERS = st.sampled_from(["2xh100-sxm", "2x1xh100-sxm", "4x1xa100-80gb+ethernet-1", "2x2xh100-sxm", "4xcpu-core"])
 SPLITS = st.sampled_from([{}, {"data": 1}, {"data": 1, "tensor": 1}])
 OPTIONS = st.tuples(st.sampled_from(["time", "time", "memory"]), st.sampled_from([None, 0.9, 0.6]), SPLITS)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(WIDTHS, st.sampled_from([8, 64]), CLUSTERS, OPTIONS)
-def test_the_pick_is_the_best_of_everything(
-    widths: tuple[int, ...], batch: int, name: str, wanted: tuple[str, float | None, dict[str, int]]
-) -> None:
+def test_the_pick_is_the_best_of_everything(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
+    check_pick(widths, batch, name, wanted)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(3600)
+@settings(max_examples=300)
+@given(WIDTHS, st.sampled_from([8, 64]), CLUSTERS, OPTIONS)
+def test_many_picks_are_the_best_of_everything(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
+    check_pick(widths, batch, name, wanted)
+
+
+def check_pick(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
     cluster = Cluster.load(name)
     objective, share, fixed = wanted
     whole = Pricer(graph_of(widths)).price(Plan(), cluster, batch).peak

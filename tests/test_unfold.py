@@ -150,10 +150,11 @@ WHOLE: dict[str, Callable[[], Job]] = {
 }
 
 
-LONG = [pytest.param(name, marks=pytest.mark.prove) for name in ("gemma3", "vit")]
+LONG = ("llama", "gemma3", "vit")
+NAMES = [pytest.param(n, marks=pytest.mark.prove) if n in LONG else n for n in (*UNFOLDED, *WHOLE)]
 
 
-@pytest.mark.parametrize("name", [*LONG, *(name for name in (*UNFOLDED, *WHOLE) if name not in ("gemma3", "vit"))])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_graph_of_a_few_layers_is_that_of_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     job = {**UNFOLDED, **WHOLE}[name]()
     written: list[Captured | None] = []

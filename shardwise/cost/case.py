@@ -46,15 +46,22 @@ class Case:
     Args:
         plan: how the model is split; its cuts are not looked at.
         profile: the framework that runs it.
-        tables: of each pipeline rank.
+        tables: of each pipeline rank, of those of its ranks that take longest.
+        held: the same of those that have least room, where ranks have unequal shares of the batch.
         places: of each pipeline rank.
         copies: how many alike layers the model has.
     """
 
     def __init__(
-        self, plan: Plan, profile: Profile, tables: Sequence[Table], places: Sequence[Place], copies: int
+        self,
+        plan: Plan,
+        profile: Profile,
+        tables: Sequence[Table],
+        held: Sequence[Table],
+        places: Sequence[Place],
+        copies: int,
     ) -> None:
-        self.plan, self.profile, self.tables, self.places = plan, profile, tables, places
+        self.plan, self.profile, self.tables, self.held, self.places = plan, profile, tables, held, places
         if profile.outside:
             self.places = [replace(place, memory=place.memory - profile.outside) for place in places]
         self._copies = copies
@@ -226,8 +233,7 @@ class Case:
         bounds, ranks, micros = [0, *cuts, self._end], self.plan.pipeline, self.plan.micro_batches
         stages = len(bounds) - 1
         owners = [stage_rank(i, ranks) for i in range(stages)]
-        each = {id(t): t.between(bounds) for t in {id(t): t for t in self.tables}.values()}
-        own = [each[id(self.tables[r])].pick(i, i + 1) for i, r in enumerate(owners)]
+        own, full = (_stages(tables, bounds, owners) for tables in (self.tables, self.held))
         times = [self.times(r, s) for r, s in zip(owners, own, strict=True)]
         forward, backward = [float(t.forward) for t in times], [float(t.backward) for t in times]
         carried = [self.tables[0].live[cut] for cut in cuts]
@@ -236,7 +242,10 @@ class Case:
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
         bubble = max(total - compute - waits - sum(sent.values()), 0.0) if stages > 1 else 0.0
-        merged = [_sum([s for s, r in zip(own, owners, strict=True) if r == rank]) for rank in range(ranks)]
+        merged, most = (
+            [_sum([s for s, r in zip(those, owners, strict=True) if r == rank]) for rank in range(ranks)]
+            for those in (own, full)
+        )
         last = [sum(b for b, r in zip(backward, owners, strict=True) if r == rank) for rank in range(ranks)]
         reductions = [self.reduction(r, s, np.array(last[r])) for r, s in enumerate(merged)]
         slowest = max(reductions, key=lambda r: float(r[0]) + sum(float(x) for x in r[2].values()))
@@ -248,11 +257,17 @@ class Case:
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
         seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
         memory = []
-        for rank, s in enumerate(merged):
+        for rank, s in enumerate(most):
             flight = self.in_flight(rank, stages) / (stages // ranks)
             memory.append({item: float(size) for item, size in self.memory(s, flight).items()})
         limits = tuple(place.memory for place in self.places)
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits)
+
+
+def _stages(tables: Sequence[Table], bounds: Sequence[int], owners: Sequence[int]) -> list[Stretches]:
+    """What each stage needs, by the table of the rank that has it."""
+    each = {id(table): table.between(bounds) for table in {id(t): t for t in tables}.values()}
+    return [each[id(tables[rank])].pick(i, i + 1) for i, rank in enumerate(owners)]
 
 
 def _by_axis(stages: Sequence[Mapping[str, Array]], times: float) -> dict[str, float]:

@@ -1,17 +1,27 @@
-"""Place: where the ranks of a pipeline stage are: their slowest device, their memory, what their axes send over."""
+"""Place: where the ranks of a pipeline stage are: their devices, their memory, what their axes send over."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shardwise.machine.cluster import Cluster, Route
 from shardwise.machine.device import Device
+from shardwise.parallel.lower import chunk
 from shardwise.plan.plan import PIPELINE, Plan
 
 DATA = "data"
 """All axes that split the batch, together."""
+
+
+class Load(NamedTuple):
+    """What some ranks of a stage have to do: so many samples on the slowest of their devices, with the least memory."""
+
+    samples: int
+    device: Device
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -22,11 +32,13 @@ class Place:
         device: the slowest of their devices.
         memory: bytes of the smallest.
         routes: what each axis sends over; axes that split the batch together as DATA; the pipeline to the next stage.
+        ranks: those of them whose loads may differ.
     """
 
     device: Device
     memory: float
     routes: Mapping[str, Route]
+    ranks: tuple[int, ...]
 
 
 def places(plan: Plan, cluster: Cluster) -> list[Place]:
@@ -54,6 +66,28 @@ def places(plan: Plan, cluster: Cluster) -> list[Place]:
             if axis.dims == ("batch",):
                 members = [m + strides[axis.name] * i for m in members for i in range(axis.size)]
         routes[DATA] = cluster.path(members)
-        slowest = min(devices, key=lambda d: d.peak("bf16") * d.matmul.value)
-        found.append(Place(slowest, min(d.memory.value for d in devices), routes))
+        # Whatever the shares, of alike nodes all ranks of a share are alike.
+        each = tuple(members if alike else ranks)
+        found.append(Place(_slowest(devices), min(d.memory.value for d in devices), routes, each))
     return found
+
+
+def loads(plan: Plan, cluster: Cluster, place: Place, samples: int) -> list[Load]:
+    """What the ranks of a place have to do of a micro-batch of `samples`; one load where all have as much."""
+    axes = [(axis, math.prod(a.size for a in plan.axes[i + 1 :])) for i, axis in enumerate(plan.axes)]
+    batch = [(axis, stride) for axis, stride in axes if axis.dims == ("batch",)]
+    if not any(axis.shares for axis, _ in batch):
+        parts = math.prod(axis.size for axis, _ in batch)
+        return [Load(max(1, math.ceil(samples / parts)), place.device, place.memory)]
+    found: dict[int, list[Device]] = {}
+    for rank in place.ranks:
+        mine = samples
+        for axis, stride in batch:
+            at = rank // stride % axis.size
+            mine = chunk(mine, axis.shares, at) if axis.shares else math.ceil(mine / axis.size)
+        found.setdefault(mine, []).append(cluster.device(rank))
+    return [Load(mine, _slowest(devices), min(d.memory.value for d in devices)) for mine, devices in found.items()]
+
+
+def _slowest(devices: Sequence[Device]) -> Device:
+    return min(devices, key=lambda d: d.peak("bf16") * d.matmul.value)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 from shardwise.cost.case import Case
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.kernels import Kernels
-from shardwise.cost.place import places
+from shardwise.cost.place import Place, loads, places
 from shardwise.cost.profile import PROFILES, Profile
 from shardwise.cost.table import Again, Rows, Table, Weights
 from shardwise.cost.work import Work
@@ -72,14 +73,27 @@ class Pricer:
             )
         others = [a for a in plan.axes if a.name != PIPELINE and a.dims != ("batch",)]
         inner = tuple(SplitAxis(a.name, a.size, a.dims) for a in others)
-        data = math.prod(a.size for a in plan.axes if a.dims == ("batch",))
-        samples = max(1, math.ceil(batch / (plan.micro_batches * data)))
+        samples = math.ceil(batch / plan.micro_batches)
         # With its cluster, so that no other gets the id.
         mesh = tuple((a.name, a.size, a.dims == ("batch",)) for a in plan.axes)
         where = self._once(("places", id(cluster), mesh), lambda: (places(plan, cluster), cluster))[0]
-        kinds = {id(place): place.device for place in where}
-        tables = {k: self.table(inner, samples, device, plan.recompute, selective) for k, device in kinds.items()}
-        return Case(plan, self.profile, [tables[id(place)] for place in where], where, self.copies)
+
+        def loaded(place: Place) -> tuple[Table, Table, Place]:
+            """The tables of a place's slowest and of its fullest ranks, and the place with what these have."""
+            each = [
+                (self.table(inner, load.samples, load.device, plan.recompute, selective), load)
+                for load in loads(plan, cluster, place, samples)
+            ]
+            if len(each) == 1:
+                return each[0][0], each[0][0], place
+            slowest, slow = max(each, key=lambda e: float(e[0].seconds[-1]))
+            # Parameters are the same on all of them.
+            fullest, full = max(each, key=lambda e: float(e[0].whole_held.activations) - e[1].memory)
+            return slowest, fullest, replace(place, device=slow.device, memory=full.memory)
+
+        made = {key: loaded(place) for key, place in {id(place): place for place in where}.items()}
+        tables, held, there = zip(*(made[id(place)] for place in where), strict=True)
+        return Case(plan, self.profile, tables, held, there, self.copies)
 
     @cached_property
     def copies(self) -> int:

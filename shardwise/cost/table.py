@@ -46,6 +46,11 @@ class Held:
     weight_bytes: Array
     summed: Mapping[str, Array]
 
+    @property
+    def activations(self) -> Array:
+        """Bytes that one micro-batch takes at most."""
+        return self.kept + self.inside + self.largest
+
     def pick(self, i: int, j: int) -> Self:
         """The one stretch from bound i up to bound j."""
         return self._with(lambda array: array[i, j])

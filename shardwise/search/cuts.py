@@ -103,15 +103,15 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
     stage_kinds = [(id(case.tables[stage % ranks]), id(case.places[stage % ranks])) for stage in range(ranks * chunks)]
     bytes_of = {}
-    for table in {id(t): t for t in case.tables}.values():
+    for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
         alone = sum(case.memory(held, 0.0).values())
         # Memory grows with each micro-batch in flight by as much.
         bytes_of[id(table)] = alone, sum(case.memory(held, 1.0).values()) - alone
     fixed = case.profile.fixed * (1 + case.reserve)
     used, fits = [], []
-    for stage, (table_id, _) in enumerate(stage_kinds):
-        alone, each = bytes_of[table_id]
+    for stage in range(ranks * chunks):
+        alone, each = bytes_of[id(case.held[stage % ranks])]
         used.append(alone + case.in_flight(stage % ranks, ranks * chunks) / chunks * each)
         room = np.inf if limit == np.inf else min(case.places[stage % ranks].memory, limit or np.inf)
         # Each of several stages on a rank may use its share.

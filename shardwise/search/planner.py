@@ -212,7 +212,7 @@ class Planner:
         in flight. With weights y of ranks that add up to 1 the fullest needs the mean by y or more: a share of the
         model's weights counts with the least y, and a share of what is kept with the least y × flight.
         """
-        held = [case.tables[rank].whole_held for rank in ranks]
+        held = [case.held[rank].whole_held for rank in ranks]
         items = [(case.memory(s, 0.0), case.memory(s, 1.0)) for s in held]
         if shape.pipeline == 1:
             return float(sum(items[0][1].values()))

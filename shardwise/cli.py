@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--objective", choices=("time", "cost", "memory"), default="time", help="what is to be least (time)"
     )
     plan.add_argument("--memory", type=gigabytes, metavar="GB", help="a rank may use so much, if less than it has")
-    text = "an axis (pipeline, data or tensor) of a given size; 1 forbids it; may be repeated"
+    text = "an axis (pipeline, data, expert, context or tensor) of a given size; 1 forbids it; may be repeated"
     plan.add_argument("--fix", type=axis, action="append", default=[], metavar="AXIS=N", help=text)
     plan.add_argument("--out", type=Path, metavar="FILE", help="write the plan, which `train --plan` reads")
     plan.add_argument("--html", type=Path, metavar="FILE", help="write why it is the one as a page for a browser")

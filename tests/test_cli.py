@@ -158,7 +158,7 @@ def test_plan_for_machines_that_are_not_here(spec: Path, capsys: pytest.CaptureF
         (["--cluster", "2xt4", "--ranks", "2"], "leave out one of them"),
         (["--memory", "-1"], "must be a number of gigabytes above 0, but is '-1'"),
         (["--fix", "tensor"], "must be AXIS=N, such as tensor=1, but is 'tensor'"),
-        (["--fix", "rows=2"], "axis 'rows' cannot be fixed at 2; axes are pipeline, data, tensor"),
+        (["--fix", "rows=2"], "axis 'rows' cannot be fixed at 2; axes are pipeline, data, expert, context, tensor"),
         (["--cluster", "2xt4", "--memory", "1e-6"], "more than the limit of 1.00 kB; "),
         (["--cluster", "3xt4", "--fix", "data=3"], "nothing splits fine on 3xt4 (3 devices) with 8 samples"),
     ],

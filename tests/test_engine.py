@@ -20,7 +20,7 @@ from shardwise.job import Job
 from shardwise.plan.plan import Plan, PlanAxis
 from tests.conftest import Pool, compare, cuts, data, pipeline, tensor
 from tests.zoo.data import CausalTokens, Images, Vectors
-from tests.zoo.plain import CausalLM, ConvNet, FrozenLM, adamw_cosine, class_loss, next_token_loss, sgd
+from tests.zoo.plain import CausalLM, ConvNet, FrozenLM, adamw_cosine, class_loss, moe_mlp, next_token_loss, sgd
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +60,17 @@ def check(pool: Pool, job: Job, plan: Plan, sizes: tuple[int, ...] = (), steps: 
 )  # fmt: skip
 def test_batches_that_do_not_divide_and_differ(pool: Pool, plan: Plan) -> None:
     check(pool, language(), plan, (8, 5, 7))
+
+
+def test_samples_queries_and_heads_are_cut_at_once(pool: Pool) -> None:
+    context = PlanAxis("context", 2, ("sequence*",))
+    for axes in ((data(), context), (context, tensor("heads*", "width@blocks.0.mlp", "sequence"))):
+        check(pool, language(), Plan(axes, micro_batches=2), (8, 5), steps=1)
+
+
+def test_experts_are_cut_where_samples_are_elsewhere(pool: Pool) -> None:
+    experts = PlanAxis("expert", 2, ("width@1", "width@2", "batch"))
+    check(pool, moe_mlp(), Plan((experts,), micro_batches=2), steps=1)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zero-bubble"])

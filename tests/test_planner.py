@@ -47,13 +47,44 @@ def perceptron(widths: Sequence[int], batch: int) -> Job:
     )
 
 
+class Mixture(nn.Module):
+    """Tokens, products with one of four matrices each, and classes. Which matrix does not matter here."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(64, 64), nn.Linear(width, 8)
+        self.experts = nn.Parameter(torch.zeros(4, 64, width))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.table(ids).flatten(0, 1).bfloat16()
+        ends = torch.bincount(ids.flatten() % 4, minlength=4).cumsum(0).to(torch.int32)
+        found = torch._grouped_mm(rows, self.experts.bfloat16(), ends).float()
+        classes: torch.Tensor = self.head(found.view(*ids.shape, -1))
+        return classes
+
+
+def mixture(width: int, batch: int) -> Job:
+    return Job(
+        model=lambda: Mixture(width),
+        data=TensorDataset(torch.zeros(64, 16, dtype=torch.long)),
+        loss=lambda output, batch: output.square().mean(),
+        optimizer=torch.optim.AdamW,
+        global_batch=batch,
+    )
+
+
 @cache
 def graph_of(widths: tuple[int, ...]) -> Graph:
-    return Graph.of(perceptron(widths, 8))
+    """Of a mixture for one width, of a perceptron for several."""
+    return Graph.of(job_of(widths, 8))
+
+
+def job_of(widths: tuple[int, ...], batch: int) -> Job:
+    return perceptron(widths, batch) if len(widths) > 1 else mixture(widths[0], batch)
 
 
 def planner(widths: tuple[int, ...], batch: int, cluster: Cluster, options: Options) -> Planner:
-    return planner_of(Maker(perceptron(widths, batch), graph_of(widths), cluster), cluster, cluster.ranks, options)
+    return planner_of(Maker(job_of(widths, batch), graph_of(widths), cluster), cluster, cluster.ranks, options)
 
 
 def everything(planner: Planner) -> float | None:
@@ -74,9 +105,10 @@ def everything(planner: Planner) -> float | None:
 
 Widths = tuple[int, ...]
 Wanted = tuple[str, float | None, dict[str, int]]
-WIDTHS = st.lists(st.sampled_from([64, 256, 2048]), min_size=3, max_size=3).map(tuple)
+LAYERS = st.lists(st.sampled_from([64, 256, 2048]), min_size=3, max_size=3).map(tuple)
+WIDTHS = LAYERS | st.sampled_from([(64,), (2048,)])
 CLUSTERS = st.sampled_from(["2xh100-sxm", "2x1xh100-sxm", "4x1xa100-80gb+ethernet-1", "2x2xh100-sxm", "4xcpu-core"])
-SPLITS = st.sampled_from([{}, {"data": 1}, {"data": 1, "tensor": 1}])
+SPLITS = st.sampled_from([{}, {"data": 1}, {"data": 1, "tensor": 1}, {"pipeline": 1}])
 OPTIONS = st.tuples(st.sampled_from(["time", "time", "memory"]), st.sampled_from([None, 0.9, 0.6]), SPLITS)
 
 
@@ -107,6 +139,17 @@ def check_pick(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
     assert found.best is not None and found.complete
     assert found.best.value(objective) == pytest.approx(best, rel=1e-9)
     assert found.bound <= best * (1 + 1e-9) and found.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_what_axes_there_are_is_found_by_what_can_be_cut() -> None:
+    cluster = Cluster.load("8xh100-sxm")
+    spaces = [planner(widths, 4, cluster, Options()).space for widths in ((2048,), (64, 256, 2048))]
+    axes = [{(axis.name, *axis.dims) for shape in space.shapes() for axis in shape.axes} for space in spaces]
+    assert {("context", "sequence"), ("expert", "experts", "batch")} <= axes[0]
+    assert not {name for name, *_ in axes[1]} & {"context", "expert"}, "a perceptron has neither sequences nor experts"
+    made = planner((2048,), 4, cluster, Options(fixed={"context": 2, "expert": 4}))
+    best = made.search().best
+    assert best is not None and [(axis.name, axis.size) for axis in best.plan.axes] == [("expert", 4), ("context", 2)]
 
 
 def test_an_interrupt_gives_the_best_so_far_and_its_gap() -> None:

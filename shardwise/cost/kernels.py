@@ -98,9 +98,8 @@ class Kernels:
 
     def _attention(self, task: Task, times: float) -> float:
         rate = self.device.peak(precision_of(task.dtype))
-        causal = bool(task.op.context.arguments.get("is_causal", False))
         if self.flash:
-            return times * task.flops * (0.5 if causal else 1.0) / (rate * self.device.attention.value)
+            return times * task.flops * (0.5 if task.causal else 1.0) / (rate * self.device.attention.value)
         scores = task.flops / (4 * task.op.context.inputs[0].value.sizes[-1].coefficient)
         # Scale, mask, softmax and dropout each write the scores and read them again.
         moved = scores * task.dtype.itemsize * 6 * times

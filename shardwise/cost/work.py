@@ -51,6 +51,7 @@ class Task:
         moved: bytes that forward reads and writes; tensors that never reach memory, because operators are fused, are
             left out.
         moved_back: the same of backward.
+        causal: whether it is attention that leaves out the keys behind each query; of some queries it takes all keys.
         calls: 1 where it is an operator of its own, 0 where it is a part of another or a view.
         forward, backward: collectives of its edges.
     """
@@ -63,6 +64,7 @@ class Task:
     gradients: int
     moved: float
     moved_back: float
+    causal: bool
     calls: int
     forward: tuple[Message, ...]
     backward: tuple[Message, ...]
@@ -149,7 +151,9 @@ class Work:
         forward, backward = self._messages(op, samples)
         dtype = next((v.dtype for v in op.outputs if v.dtype.is_floating_point), torch.float32)
         product = self._product(op, samples, flops) if kind == PRODUCT else None
-        return Task(op, kind, dtype, flops, product, gradients, moved, back, calls, forward, backward)
+        queries = any(c.letter is not None and c.letter.special == "queries" for c in self.layout.choices[op])
+        causal = bool(op.context.arguments.get("is_causal", False)) and not queries
+        return Task(op, kind, dtype, flops, product, gradients, moved, back, causal, calls, forward, backward)
 
     @cached_property
     def kinds(self) -> Mapping[Op, str]:

@@ -181,7 +181,7 @@ def title(priced: Priced) -> str:
         words.append(plan.schedule + (f" of {each} stages a rank" if each > 1 else ""))
     if plan.recompute:
         words.append("recompute")
-    if any(dim.startswith("sequence") for axis in plan.axes for dim in axis.dims):
+    if any(dim.startswith("sequence") for axis in plan.axes if axis.name == "tensor" for dim in axis.dims):
         words.append("sequence")
     return ", ".join(words)
 

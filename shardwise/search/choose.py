@@ -18,12 +18,12 @@ from shardwise.search.candidate import Candidate, NotApplicable
 from shardwise.search.cuts import cut_places
 from shardwise.search.dims import SEQUENCE
 from shardwise.search.planner import Found, Planner
-from shardwise.search.space import Options, Space, divisors, layer_patterns
+from shardwise.search.space import SPLIT, Options, Space, divisors, layer_patterns
 from shardwise.search.strategies import STRATEGIES, Maker, maker_of
 from shardwise.search.uncaptured import ModuleMaker
 
-_MOST_TENSOR = 64
-"""Ranks of a tensor axis at most: every layer waits for all of them."""
+_MOST_SPLIT = 64
+"""Ranks of an axis at most that splits other dims than the batch: every layer waits for all of them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def search(
 def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> Planner:
     """What looks for the best plan over so many ranks of a cluster."""
     folded, job = maker.pricer.folded, maker.job
-    dims = {t: _choices_of_dims(maker, t) for t in divisors(ranks) if 1 < t <= min(_MOST_TENSOR, ranks)}
+    sizes = [n for n in divisors(ranks) if 1 < n <= _MOST_SPLIT]
+    dims = {name: {n: _choices(maker, name, n) for n in sizes if options.fixed.get(name) != 1} for name in SPLIT}
     patterns = layer_patterns(maker.graph) if options.recompute else ()
     table = maker.pricer.table((), 1, cluster.nodes[0].device, ())
     space = Space(
@@ -93,8 +94,11 @@ def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> 
     return Planner(maker.pricer, cluster, space, runs, maker.graph.fingerprint(), job.precision)
 
 
-def _choices_of_dims(maker: Maker, ranks: int) -> list[tuple[str, ...]]:
-    """What a tensor axis may split: the dims that pay, with the sequence between them and without."""
+def _choices(maker: Maker, axis: str, ranks: int) -> list[tuple[str, ...]]:
+    """What an axis may split: of the tensor axis the dims that pay, with the sequence between them and without."""
+    if axis != "tensor":
+        found = [maker.expert_dims(ranks) if axis == "expert" else maker.sequence_dims(ranks)]
+        return [dims for dims in found if dims]
     try:
         chosen = maker.tensor_dims(ranks)
     except NotApplicable:

@@ -11,7 +11,7 @@ from shardwise.graph.blocks import twins
 from shardwise.graph.dims import BATCH, Dim
 from shardwise.graph.graph import Graph
 
-SEQUENCE = "sequence"
+SEQUENCE, EXPERTS = "sequence", "experts"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.#]|$)")
 
 

@@ -9,7 +9,7 @@ from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import Plan
 from shardwise.search.choose import search
 from shardwise.search.planner import Found, Priced
-from shardwise.search.space import Options
+from shardwise.search.space import AXES, Options
 from shardwise.search.strategies import Maker
 
 _OTHERS = 10
@@ -99,10 +99,11 @@ def _search(maker: Maker, cluster: Cluster, options: Options) -> Found:
 
 def _known(maker: Maker, cluster: Cluster, options: Options) -> list[Known]:
     tensor = min(_MEGATRON, cluster.nodes[0].devices, cluster.ranks)
+    megatron = {"tensor": tensor, "expert": 1, "context": 1}
     classes = (
-        ("data parallel", "data", {"pipeline": 1, "tensor": 1}, (0,)),
-        ("sharded data parallel (ZeRO-3, FSDP)", "sharded", {"pipeline": 1, "tensor": 1}, (3,)),
-        (f"tensor {tensor}, then pipeline and data (Megatron)", "tensor", {"tensor": tensor}, (0, 1)),
+        ("data parallel", "data", _only("data"), (0,)),
+        ("sharded data parallel (ZeRO-3, FSDP)", "sharded", _only("data"), (3,)),
+        (f"tensor {tensor}, then pipeline and data (Megatron)", "tensor", megatron, (0, 1)),
     )
     found = []
     for name, strategy, fixed, zero in classes:
@@ -114,6 +115,11 @@ def _known(maker: Maker, cluster: Cluster, options: Options) -> list[Known]:
             reason = candidate.reason if candidate.plan is None else "it is not among the plans that were asked for"
         found.append(Known(name, best.best, best.tight, reason))
     return found
+
+
+def _only(*names: str) -> dict[str, int]:
+    """Axes that are not there where only these may be."""
+    return {name: 1 for name in AXES if name not in names}
 
 
 def _alone(maker: Maker, cluster: Cluster, options: Options) -> Priced | None:

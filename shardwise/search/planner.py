@@ -199,7 +199,7 @@ class Planner:
             shape.schedule, through - pace
         )
         step = micros * pace + max(filling, 0.0) + rest
-        return step * (ranks * shape.data * shape.tensor if objective == "cost" else 1), least
+        return step * (case.plan.ranks if objective == "cost" else 1), least
 
     def _room(self, case: Case) -> float:
         """Bytes that the largest device gives."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple
 
 from shardwise.errors import PlanError
@@ -11,7 +13,10 @@ from shardwise.graph.graph import Graph
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 
 OBJECTIVES = ("time", "cost", "memory")
-AXES = ("pipeline", "data", "tensor")
+AXES = ("pipeline", "data", "expert", "context", "tensor")
+"""What a mesh is made of, outermost axis first: neighbouring ranks talk most."""
+SPLIT = ("expert", "context", "tensor")
+"""Those that split other dims than the batch alone."""
 _CHUNKS = (2, 4)
 """Stages of each rank that interleaved schedules are tried with."""
 
@@ -51,35 +56,29 @@ class Shape(NamedTuple):
     """A plan but for its cuts.
 
     Attributes:
-        pipeline, data, tensor: ranks along each axis.
-        dims: what the tensor axis splits.
+        axes: the mesh, outermost axis first.
         micros: micro-batches.
         schedule, chunks: the pipeline's, and how many stages each rank has.
         zero: ZeRO stage.
         recompute: patterns of the blocks that are computed again.
     """
 
-    pipeline: int
-    data: int
-    tensor: int
-    dims: tuple[str, ...]
+    axes: tuple[PlanAxis, ...]
     micros: int
     schedule: str
     chunks: int
     zero: int
     recompute: tuple[str, ...]
 
+    @property
+    def pipeline(self) -> int:
+        """Ranks along the pipeline."""
+        return next((axis.size for axis in self.axes if axis.name == PIPELINE), 1)
+
     def plan(self, cuts: Sequence[str] = (), **more: str) -> Plan:
         """As a plan with these cuts; without any, with cuts that name no operator."""
-        axes = (
-            PlanAxis(PIPELINE, self.pipeline), PlanAxis("data", self.data, ("batch",)),
-            PlanAxis("tensor", self.tensor, self.dims),
-        )  # fmt: skip
         cuts = tuple(cuts) or ("-",) * (self.pipeline * self.chunks - 1)
-        return Plan(
-            tuple(a for a in axes if a.size > 1), cuts, self.micros, self.schedule, self.zero, self.recompute,
-            **more,  # type: ignore[arg-type]
-        )  # fmt: skip
+        return Plan(self.axes, cuts, self.micros, self.schedule, self.zero, self.recompute, **more)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Space:
     Attributes:
         ranks: how many.
         batch: samples of a step.
-        dims: what a tensor axis of each size may split, each a choice.
+        dims: for each axis but the pipeline and the data axis, and each of its sizes, what it may split, each a choice.
         most_stages: at most so many stages.
         splits_batch: whether samples can be spread over ranks.
         splits_time: whether a batch can be cut into micro-batches.
@@ -99,7 +98,7 @@ class Space:
 
     ranks: int
     batch: int
-    dims: Mapping[int, Sequence[tuple[str, ...]]]
+    dims: Mapping[str, Mapping[int, Sequence[tuple[str, ...]]]]
     most_stages: int
     splits_batch: bool
     splits_time: bool
@@ -108,45 +107,67 @@ class Space:
 
     def shapes(self) -> Iterator[Shape]:
         """Every shape."""
-        for pipeline, data, tensor in self.meshes():
-            for micros in self.micro_batches(pipeline, data):
-                for dims in self.dims.get(tensor, ()) if tensor > 1 else ((),):
+        for sizes in self.meshes():
+            pipeline, several = sizes["pipeline"], sizes["data"] > 1
+            for micros in self.micro_batches(sizes):
+                for axes in self.axes(sizes):
                     for schedule, chunks in self.schedules(pipeline, micros):
-                        for zero in self.options.zero if data > 1 else (0,):
+                        for zero in self.options.zero if several else (0,):
                             for recompute in self.recompute:
                                 if schedule == "zero-bubble" and (zero == 3 or recompute):
                                     continue
                                 if zero == 2 and micros > 1:  # whole gradients are accumulated, as under ZeRO-1
                                     continue
-                                yield Shape(
-                                    pipeline, data, tensor, dims, micros, schedule, chunks, zero, recompute
-                                )  # fmt: skip
+                                yield Shape(axes, micros, schedule, chunks, zero, recompute)
 
-    def meshes(self) -> Iterator[tuple[int, int, int]]:
-        """Sizes of the pipeline, data and tensor axes whose product is the number of ranks."""
-        fixed = self.options.fixed
-        for pipeline in divisors(self.ranks):
-            for tensor in divisors(self.ranks // pipeline):
-                data = self.ranks // pipeline // tensor
-                sizes = {"pipeline": pipeline, "data": data, "tensor": tensor}
-                if any(sizes[name] != size for name, size in fixed.items()):
+    def meshes(self) -> Iterator[dict[str, int]]:
+        """Sizes of the axes whose product is the number of ranks."""
+        for pipeline in self._sizes("pipeline", self.ranks):
+            for others in product(*(self._sizes(name, self.ranks // pipeline) for name in SPLIT)):
+                data, rest = divmod(self.ranks // pipeline, math.prod(others))
+                sizes = {"pipeline": pipeline, "data": data, **dict(zip(SPLIT, others, strict=True))}
+                if rest or not data or self.options.fixed.get("data", data) != data:
                     continue
-                if pipeline > self.most_stages or (tensor > 1 and not self.dims.get(tensor)):
+                if math.prod(others) > _MOST_INNER:
                     continue
-                if data > 1 and (not self.splits_batch or self.batch % data):
+                spread = data * sizes["expert"]
+                if spread > 1 and (not self.splits_batch or self.batch % spread):
                     continue
-                yield pipeline, data, tensor
+                yield sizes
 
-    def micro_batches(self, pipeline: int, data: int) -> Iterator[int]:
-        """Numbers of equal micro-batches: those whose size is a power of two, and all at once."""
-        samples = self.batch // data
-        if not self.splits_time:
-            yield 1
-            return
-        for micros in divisors(samples):
+    def _sizes(self, name: str, ranks: int) -> list[int]:
+        """The sizes that an axis of so many ranks at most may have."""
+        fixed = self.options.fixed.get(name)
+        known = self.dims.get(name, {})
+        return [
+            n for n in divisors(ranks)
+            if fixed in (None, n) and (n == 1 or (n <= self.most_stages if name == "pipeline" else bool(known.get(n))))
+        ]  # fmt: skip
+
+    def axes(self, sizes: Mapping[str, int]) -> Iterator[tuple[PlanAxis, ...]]:
+        """Axes of these sizes, with each choice of what they split."""
+        always: Mapping[str, Sequence[tuple[str, ...]]] = {PIPELINE: [()], "data": [("batch",)]}
+        choices = []
+        for name in (name for name in AXES if sizes[name] > 1):
+            dims = always.get(name) or self.dims[name][sizes[name]]
+            choices.append([PlanAxis(name, sizes[name], those) for those in dims])
+        yield from product(*choices)
+
+    def micro_batches(self, sizes: Mapping[str, int]) -> Iterator[int]:
+        """Numbers of equal micro-batches: those whose size is a power of two, and all at once.
+
+        Samples are only cut along a context axis where there are too few of them: of a micro-batch of several, as many
+        ranks along the data axis compute as much and send less.
+        """
+        samples = self.batch // sizes["data"] // sizes["expert"]
+        movable = self.splits_batch and not {"data", "context"} & self.options.fixed.keys()
+        for micros in divisors(samples) if self.splits_time else (1,):
             size = samples // micros
-            if size & (size - 1) == 0 or micros == 1:
-                yield micros
+            if size & (size - 1) and micros > 1:
+                continue
+            if movable and math.gcd(size, sizes["context"]) > 1:
+                continue
+            yield micros
 
     def schedules(self, pipeline: int, micros: int) -> Iterator[tuple[str, int]]:
         """Schedules, and how many stages each rank has; where memory counts, the one that keeps least."""
@@ -161,6 +182,8 @@ class Space:
                 yield "zero-bubble", 1
 
 
+_MOST_INNER = 64
+"""Ranks at most that a layer waits for, along all axes that split it."""
 _MOST_HALVES = 512
 """Micro-batches times ranks beyond which backward in two halves is not tried: filling takes a small part of a step."""
 

@@ -22,7 +22,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 from shardwise.search.candidate import Candidate, NotApplicable, check_divides, factors, micro_batches
 from shardwise.search.cuts import best_cuts
-from shardwise.search.dims import SEQUENCE, choose_dims, groups
+from shardwise.search.dims import EXPERTS, SEQUENCE, choose_dims, groups
 from shardwise.search.state import state_bytes
 from shardwise.search.uncaptured import ModuleMaker
 
@@ -159,7 +159,7 @@ class Maker:
             return self._dims[ranks]
         # Where no dim pays on these links, those are taken that would pay on links as fast as inside a node.
         for links in (cluster, cluster.with_links(10, instant=True)):
-            chosen = choose_dims(found, self._costs(ranks, links))
+            chosen = choose_dims(found, self._costs("tensor", ranks, links))
             if chosen:
                 self._dims[ranks] = chosen
                 return chosen
@@ -170,17 +170,36 @@ class Maker:
         found = self._groups_of(ranks)
         return tuple(d for group in found for d in group if all(n.startswith(SEQUENCE) for n in group))
 
+    def expert_dims(self, ranks: int) -> tuple[str, ...]:
+        """What an axis of so many ranks splits of the experts of a mixture, their number or their width, as is cheaper.
+
+        What is no expert's is split by samples. None where there are no experts, or `ranks` divides neither.
+        """
+        dims = list(self.graph.dims())
+        owners = {owner for dim in dims if dim.label == EXPERTS for owner in dim.owners}
+        counts: list[str] = []
+        widths: list[tuple[int, tuple[str, ...]]] = []
+        for group in self._groups_of(ranks) if owners and self.graph.batch_dim is not None else ():
+            members = [dim for dim in dims if any(fnmatchcase(dim.name, p) for p in group)]
+            if any(dim.label == EXPERTS for dim in members):
+                counts += group
+            elif members and all(dim.owners and owners.issuperset(dim.owners) for dim in members):
+                widths.append((members[0].size.coefficient, group))
+        choices = [(*names, "batch") for names in (tuple(counts), max(widths, default=(0, ()))[1]) if names]
+        cost = self._costs("expert", ranks, self.cluster(ranks))
+        return min(choices, key=lambda those: sum(cost(those).values()), default=())
+
     def _groups_of(self, ranks: int) -> list[tuple[str, ...]]:
         if ranks not in self._groups:
             self._groups[ranks] = groups(self.graph, ranks, self._twins)
         return self._groups[ranks]
 
-    def _costs(self, ranks: int, cluster: Cluster) -> Callable[[tuple[str, ...]], dict[str, float]]:
+    def _costs(self, name: str, ranks: int, cluster: Cluster) -> Callable[[tuple[str, ...]], dict[str, float]]:
         """Seconds of computing and of sending, for dims that so many ranks split."""
         batch = max(1, self.job.global_batch * ranks // cluster.ranks)
 
         def cost(dims: tuple[str, ...]) -> dict[str, float]:
-            seconds = self.pricer.price(Plan((PlanAxis("tensor", ranks, dims),)), cluster, batch).seconds
+            seconds = self.pricer.price(Plan((PlanAxis(name, ranks, dims),)), cluster, batch).seconds
             sent = sum(s for item, s in seconds.items() if item.startswith("communication"))
             return {"compute": sum(seconds.values()) - sent, "communication": sent}
 

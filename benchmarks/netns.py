@@ -98,7 +98,7 @@ def run(names: tuple[str, str], module: str, task: Mapping[str, Any], ranks: int
                     **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank % each),
                     "LOCAL_WORLD_SIZE": str(each), "MASTER_ADDR": "10.213.7.1", "MASTER_PORT": str(_PORT),
                     "GLOO_SOCKET_IFNAME": "sw0", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-                    "SHARDWISE_DEVICE": "cpu",
+                    "SHARDWISE_DEVICE": "cpu", "TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "5",
                 }  # fmt: skip
                 command = ["ip", "netns", "exec", names[rank // each], sys.executable, "-m", module, str(given)]
                 processes.append(subprocess.Popen(command, env=environment, start_new_session=True))

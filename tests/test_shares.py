@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from shardwise.cost.pricer import Pricer
 from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import Plan, PlanAxis
+from shardwise.search.choose import search
 from shardwise.search.shares import fair_shares
-from tests.test_planner import graph_of
+from shardwise.search.space import Options
+from shardwise.search.strategies import Maker, maker_of
+from tests.test_planner import graph_of, perceptron
 
 
 def every(ranks: int, samples: int) -> Iterator[tuple[int, ...]]:
@@ -45,6 +48,22 @@ def test_a_plan_with_shares_takes_as_long_as_its_slowest_rank() -> None:
     assert compute(unlike, ()) == pytest.approx(compute(Cluster.load("2x1xa100-40gb"), ()))
     assert compute(unlike, (3, 1)) == pytest.approx(max(slow, 3 * fast), rel=0.02)
     assert compute(unlike, (1, 3)) == pytest.approx(3 * slow, rel=0.02), "the slow one has most of the batch"
+
+
+def test_the_planner_gives_the_faster_device_more() -> None:
+    job, unlike = perceptron((4096, 4096, 4096), 4096), Cluster.load("1x1xh100-sxm,1x1xa100-40gb")
+    maker = maker_of(job, cluster=unlike)
+    assert isinstance(maker, Maker)
+    found = search(maker, unlike, Options(fixed={"data": 2}))
+    assert found.best is not None and found.gap == 0
+    (axis,) = found.best.plan.axes
+    h100, a100 = axis.shares
+    assert 2 < h100 / a100 < 3.2, "as one has more operations a second than the other"
+    alike = maker.pricer.price(Plan((PlanAxis("data", 2, ("batch",)),)), unlike, 4096)
+    assert found.best.estimate.step < 0.8 * alike.step
+    same = Cluster.load("2x1xa100-40gb")
+    best = search(maker, same, Options(fixed={"data": 2})).best
+    assert best is not None and best.plan.axes[0].shares == ()
 
 
 def test_memory_is_that_of_the_rank_with_least_room() -> None:

@@ -82,6 +82,7 @@ def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> 
         splits_time=_splits_time(folded),
         recompute=((), patterns) if patterns else ((),),
         options=options,
+        speeds=_speeds(maker, cluster, ranks),
     )
 
     def runs(plan: Plan) -> bool:
@@ -106,6 +107,14 @@ def _choices(maker: Maker, axis: str, ranks: int) -> list[tuple[str, ...]]:
     sequences = tuple(d for d in maker.sequence_dims(ranks) if d not in chosen)
     without = tuple(d for d in chosen if not d.startswith(SEQUENCE))
     return list(dict.fromkeys(dims for dims in (chosen, without, (*chosen, *sequences)) if dims))
+
+
+def _speeds(maker: Maker, cluster: Cluster, ranks: int) -> list[float]:
+    """How fast each rank's device runs the whole model, where they are not alike."""
+    samples = max(1, maker.job.global_batch // ranks)
+    kinds = {node.device.name: node.device for node in cluster.nodes}
+    seconds = {name: maker.pricer.table((), samples, device, ()).seconds[-1] for name, device in kinds.items()}
+    return [1 / float(seconds[cluster.device(r).name]) for r in range(ranks)] if len(kinds) > 1 else []
 
 
 def _splits_time(folded: Folded) -> bool:

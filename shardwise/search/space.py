@@ -11,6 +11,7 @@ from typing import NamedTuple
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
+from shardwise.search.shares import fair_shares
 
 OBJECTIVES = ("time", "cost", "memory")
 AXES = ("pipeline", "data", "expert", "context", "tensor")
@@ -94,6 +95,7 @@ class Space:
         splits_time: whether a batch can be cut into micro-batches.
         recompute: choices of the blocks that are computed again.
         options: what to look for.
+        speeds: of each rank, where devices are not alike.
     """
 
     ranks: int
@@ -104,13 +106,14 @@ class Space:
     splits_time: bool
     recompute: Sequence[tuple[str, ...]]
     options: Options
+    speeds: Sequence[float] = ()
 
     def shapes(self) -> Iterator[Shape]:
         """Every shape."""
         for sizes in self.meshes():
             pipeline, several = sizes["pipeline"], sizes["data"] > 1
             for micros in self.micro_batches(sizes):
-                for axes in self.axes(sizes):
+                for axes in self.axes(sizes, micros):
                     for schedule, chunks in self.schedules(pipeline, micros):
                         for zero in self.options.zero if several else (0,):
                             for recompute in self.recompute:
@@ -144,14 +147,27 @@ class Space:
             if fixed in (None, n) and (n == 1 or (n <= self.most_stages if name == "pipeline" else bool(known.get(n))))
         ]  # fmt: skip
 
-    def axes(self, sizes: Mapping[str, int]) -> Iterator[tuple[PlanAxis, ...]]:
-        """Axes of these sizes, with each choice of what they split."""
+    def axes(self, sizes: Mapping[str, int], micros: int) -> Iterator[tuple[PlanAxis, ...]]:
+        """Axes of these sizes, with each choice of what they split, and of how the batch is shared out."""
         always: Mapping[str, Sequence[tuple[str, ...]]] = {PIPELINE: [()], "data": [("batch",)]}
         choices = []
         for name in (name for name in AXES if sizes[name] > 1):
             dims = always.get(name) or self.dims[name][sizes[name]]
-            choices.append([PlanAxis(name, sizes[name], those) for those in dims])
+            axes = [PlanAxis(name, sizes[name], those) for those in dims]
+            shares = self._shares(sizes, micros) if name == "data" else ()
+            choices.append([*axes, PlanAxis(name, sizes[name], ("batch",), shares)] if shares else axes)
         yield from product(*choices)
+
+    def _shares(self, sizes: Mapping[str, int], micros: int) -> tuple[int, ...]:
+        """How ranks along the data axis share a micro-batch out by their speeds; none where equally."""
+        if not self.speeds:
+            return ()
+        inner = math.prod(sizes[name] for name in SPLIT)
+        # Seconds of each place along the axis, of its slowest device in each stage, over all stages.
+        seconds = [0.0] * sizes["data"]
+        for first in range(0, self.ranks, inner):
+            seconds[first // inner % sizes["data"]] += 1 / min(self.speeds[first : first + inner])
+        return fair_shares([1 / s for s in seconds], min(self.batch // micros, _FINEST * sizes["data"]))
 
     def micro_batches(self, sizes: Mapping[str, int]) -> Iterator[int]:
         """Numbers of equal micro-batches: those whose size is a power of two, and all at once.
@@ -182,6 +198,8 @@ class Space:
                 yield "zero-bubble", 1
 
 
+_FINEST = 64
+"""Shares for each rank in the mean at most, so that people can read them."""
 _MOST_INNER = 64
 """Ranks at most that a layer waits for, along all axes that split it."""
 _MOST_HALVES = 512

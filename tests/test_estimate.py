@@ -131,7 +131,7 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
     with saved_tensors_hooks(lambda t: (alive.append(t), pack(t))[1], lambda t: t):
         LossModule(module, whole, batch).train()(*tensors)
     graph = graph_of(name)
-    counted = sum(Work(graph, (), saved(graph)).kept(whole.global_batch, flash=False))
+    counted = sum(Work(graph, (), saved(graph)).kept(whole.global_batch, attention="observed"))
     assert counted == pytest.approx(sum(kept.values()), rel=0.05)
 
 

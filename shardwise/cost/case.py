@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from shardwise.cost.estimate import Estimate
-from shardwise.cost.place import DATA, Place
+from shardwise.cost.place import COPIES, DATA, SHARDS, Place
 from shardwise.cost.profile import Profile
 from shardwise.cost.table import PLAIN, Array, Held, Stretches, Table
 from shardwise.cost.timeline import pipeline_seconds
@@ -50,6 +50,7 @@ class Case:
         held: the same of those that have least room, where ranks have unequal shares of the batch.
         places: of each pipeline rank.
         copies: how many alike layers the model has.
+        shards: how many ranks share what ZeRO shards; 0 for all that split the batch.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Case:
         held: Sequence[Table],
         places: Sequence[Place],
         copies: int,
+        shards: int = 0,
     ) -> None:
         self.plan, self.profile, self.tables, self.held, self.places = plan, profile, tables, held, places
         if profile.outside:
@@ -68,6 +70,7 @@ class Case:
         self.data = 1
         for axis in plan.axes:
             self.data *= axis.size if axis.dims == ("batch",) else 1
+        self.shards = shards or self.data
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -99,16 +102,17 @@ class Case:
             np.maximum(0.0, p.call * calls + host - busy - sent)
             for calls, host, busy, sent in zip((s.calls, s.calls_back), hosts, (forward, backward), ways, strict=True)
         ]
-        gather = self._gather(rank, s)
-        gathers = (
-            np.maximum(0.0, gather - behind * forward),
-            np.maximum(0.0, 2 * gather - behind * backward),  # and the sum of gradients takes as long
-        )
+        gather, scatter = self._gather(rank, s)
+        once_more = gather + scatter
+        # What runs behind computing slows it: the rest of its time is hidden.
+        away = 1 - p.contention
+        hid = away * np.minimum(gather, behind * forward), away * np.minimum(once_more, behind * backward)
+        gathers = gather - hid[0], once_more - hid[1]
         sent = {axis: seconds * shown for axis, seconds in all_sent.items()}
         hidden = {axis: seconds * p.overlap_tensor for axis, seconds in all_sent.items()}
         if self.plan.zero == 3:
             sent[DATA] = sent.get(DATA, 0.0) + gathers[0] + gathers[1]
-            hidden[DATA] = hidden.get(DATA, 0.0) + 3 * gather - gathers[0] - gathers[1]
+            hidden[DATA] = hidden.get(DATA, 0.0) + hid[0] + hid[1]
         return Times(
             forward + ways[0] + waits[0] + gathers[0],
             backward + ways[1] + waits[1] + gathers[1],
@@ -135,13 +139,22 @@ class Case:
         """Whether sending leaves computing alone: cores copy what they send."""
         return float(self.places[rank].device.kind != "cpu")
 
-    def _gather(self, rank: int, s: Stretches) -> Array:
-        """Seconds to gather sharded weights once, layer by layer; they travel in the dtype of gradients."""
+    def _gather(self, rank: int, s: Stretches) -> tuple[Array, Array]:
+        """Seconds to gather sharded weights once, layer by layer, and to sum and scatter their gradients."""
         if self.plan.zero < 3 or self.data == 1:
-            return np.zeros_like(s.weights)
-        fixed, each = self.places[rank].routes[DATA].parts("all_gather")
+            return np.zeros_like(s.weights), np.zeros_like(s.weights)
+        p, route = self.profile, self.places[rank].routes[SHARDS]
         layers = s.weights / max(float(self.tables[rank].whole.weights), 1.0) * self._copies
-        return fixed * np.maximum(1.0, layers * self.profile.pieces) + each * s.weights * self.profile.send_gradient
+        calls = np.maximum(1.0, layers * p.pieces)
+        weights = s.weights * p.send_weight if p.send_weight else s.weight_bytes
+        (start, each), (start_sum, each_sum) = route.parts("all_gather"), self._scattered(rank)
+        return start * calls + each * weights, start_sum * calls + each_sum * s.weights * p.send_gradient
+
+    def _scattered(self, rank: int) -> tuple[float, float]:
+        """Seconds to sum and scatter nothing, and of each byte: among the shards, then of each among its copies."""
+        routes = self.places[rank].routes
+        parts = routes[SHARDS].parts("reduce_scatter"), routes[COPIES].parts("all_reduce")
+        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1] / self.shards
 
     def sends(self, rank: int, carried: Array) -> Array:
         """Seconds to carry so many bytes from a stage of this pipeline rank to the next."""
@@ -167,16 +180,18 @@ class Case:
         device = self.places[rank].device
         # Buckets are filled: gradients are read and written once more.
         copied = 2 * grads / (device.bandwidth.value * device.reached.value) * (1 - self._apart(rank))
-        fixed, each = routes[DATA].parts("all_reduce" if self.plan.zero == 0 else "reduce_scatter")
+        fixed, each = routes[DATA].parts("all_reduce") if self.plan.zero == 0 else self._scattered(rank)
         time = fixed + each * grads + copied
         share = p.overlap_scatter if self.plan.zero else p.overlap_data
-        behind = np.minimum(time, share * self._apart(rank) * backward)
+        behind = np.minimum(time, share * self._apart(rank) * backward) * (1 - p.contention)
         if self.plan.zero in (1, 2):
             # Updated weights are gathered after the update; some frameworks do so behind the next step's forward.
-            fixed, each = routes[DATA].parts("all_gather")
-            gather = fixed + each * s.weight_bytes
+            fixed, each = routes[SHARDS].parts("all_gather")
+            # Some send each rank's share by a broadcast of its own.
+            gather = fixed * (self.shards if p.broadcasts else 1) + each * s.weight_bytes
             time = time + gather
-            behind = behind + np.minimum(gather, p.overlap_gather * self._apart(rank) * backward / 2)
+            hid = np.minimum(gather, p.overlap_gather * self._apart(rank) * backward / 2)
+            behind = behind + hid * (1 - p.contention)
         return time - behind, behind, others
 
     def update(self, rank: int, s: Stretches) -> Array:
@@ -209,7 +224,7 @@ class Case:
         return self.profile.reserve * self._apart(0)
 
     def _shards(self, from_stage: int) -> int:
-        return self.data if self.plan.zero >= from_stage else 1
+        return self.shards if self.plan.zero >= from_stage else 1
 
     def in_flight(self, rank: int, stages: int) -> float:
         """Micro-batches whose activations a pipeline rank holds at most, over all its stages."""
@@ -218,7 +233,8 @@ class Case:
         if plan.schedule == "gpipe":
             return plan.micro_batches * each
         if each == 1:
-            return min(plan.micro_batches, ranks - rank)
+            # The second half of a backward comes as late as the first rank's, and keeps what it needs.
+            return min(plan.micro_batches, ranks - rank if plan.schedule == "1f1b" else ranks)
         ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
         return min(plan.micro_batches * each, ahead)
 

@@ -12,6 +12,8 @@ from shardwise.machine.device import Device
 _TILES = ((256, 128, 1.0), (128, 128, 0.92), (128, 64, 0.75), (64, 64, 0.55))
 """Blocks of the result that one multiprocessor computes, and the share of its rate that it reaches with them."""
 _FILL = 128.0  # products of a block's depth before its pipeline is full
+_ALIGNED = 16  # bytes at whose multiples a row has to begin for matrix units (NVIDIA's guide to matrix products)
+_MISALIGNED = 0.45  # share of fp32's rate that is left without them; fitted on runs with heads of 450 entries
 _BACK_ATTENTION = 2.5  # fused attention computes the scores again: 5 products to 2 (Dao et al., 2022)
 
 
@@ -22,10 +24,21 @@ class Kernels:
         device: the device.
         flash: whether attention is fused; else scores are written and read.
         passes: how many times as long as their bytes ask for operators bound by memory take.
+        attention: rate of fused attention over that of the device's description.
+        portable: whether attention does without the instructions that earlier devices lack.
     """
 
-    def __init__(self, device: Device, *, flash: bool = True, passes: float = 1.0) -> None:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        flash: bool = True,
+        passes: float = 1.0,
+        attention: float = 1.0,
+        portable: bool = True,
+    ) -> None:
         self.device, self.flash, self.passes = device, flash, passes
+        self._fused = attention * ((portable and device.portable) or device.attention).value
         self._memory = device.bandwidth.value * device.reached.value
         # An accelerator runs ahead of its host, and a core is the host.
         self._start = device.call.value if device.kind == "cpu" else 0.0
@@ -99,11 +112,15 @@ class Kernels:
     def _attention(self, task: Task, times: float) -> float:
         rate = self.device.peak(precision_of(task.dtype))
         if self.flash:
-            return times * task.flops * (0.5 if task.causal else 1.0) / (rate * self.device.attention.value)
-        scores = task.flops / (4 * task.op.context.inputs[0].value.sizes[-1].coefficient)
+            return times * task.flops * (0.5 if task.causal else 1.0) / (rate * self._fused)
+        depth = task.op.context.inputs[0].value.sizes[-1].coefficient
+        scores = task.flops / (4 * depth)
         # Scale, mask, softmax and dropout each write the scores and read them again.
         moved = scores * task.dtype.itemsize * 6 * times
-        return times * task.flops / (rate * self.device.matmul.value) + moved * self.passes / self._memory
+        rate *= self.device.matmul.value
+        if depth * task.dtype.itemsize % _ALIGNED:
+            rate = self.device.peak("fp32") * _MISALIGNED
+        return times * task.flops / rate + moved * self.passes / self._memory
 
     def _moved(self, task: Task, moved: float) -> float:
         return 0.0 if task.kind == NOTHING else moved * self.passes / self._memory

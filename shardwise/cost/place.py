@@ -14,6 +14,8 @@ from shardwise.plan.plan import PIPELINE, Plan
 
 DATA = "data"
 """All axes that split the batch, together."""
+SHARDS, COPIES = "shards", "copies"
+"""Of these the ranks that have the shards of one copy, and those that have the same shard."""
 
 
 class Load(NamedTuple):
@@ -41,8 +43,14 @@ class Place:
     ranks: tuple[int, ...]
 
 
-def places(plan: Plan, cluster: Cluster) -> list[Place]:
-    """The place of each pipeline rank's stages; ranks are put on the cluster's devices in order."""
+def places(plan: Plan, cluster: Cluster, shards: int = 0) -> list[Place]:
+    """The place of each pipeline rank's stages; ranks are put on the cluster's devices in order.
+
+    Args:
+        plan: how the model is split.
+        cluster: the machines.
+        shards: how many neighbours of those that split the batch share what ZeRO shards; 0 for all.
+    """
     sizes = [axis.size for axis in plan.axes]
     strides = {axis.name: math.prod(sizes[i + 1 :]) for i, axis in enumerate(plan.axes)}
     alike = all(node == cluster.nodes[0] for node in cluster.nodes)
@@ -66,6 +74,8 @@ def places(plan: Plan, cluster: Cluster) -> list[Place]:
             if axis.dims == ("batch",):
                 members = [m + strides[axis.name] * i for m in members for i in range(axis.size)]
         routes[DATA] = cluster.path(members)
+        group = shards or len(members)
+        routes[SHARDS], routes[COPIES] = cluster.path(members[:group]), cluster.path(members[::group])
         # Whatever the shares, of alike nodes all ranks of a share are alike.
         each = tuple(members if alike else ranks)
         found.append(Place(_slowest(devices), min(d.memory.value for d in devices), routes, each))

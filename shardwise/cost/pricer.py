@@ -45,7 +45,7 @@ class Pricer:
         self.profile = profile or PROFILES["shardwise"]
         self._made: dict[tuple[object, ...], Any] = {}
 
-    def price(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False) -> Estimate:
+    def price(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False, shards: int = 0) -> Estimate:
         """What a plan costs on a cluster.
 
         Args:
@@ -53,14 +53,15 @@ class Pricer:
             cluster: the machines; ranks are placed in the order of its nodes.
             batch: samples of a step.
             selective: whether attention is computed again in backward.
+            shards: how many neighbours of those that split the batch share what ZeRO shards; 0 for all.
 
         Raises:
             PlanError: the plan is for another graph, or needs more ranks than the cluster has.
         """
         cuts = [low for low, _ in stage_bounds(self.graph, plan)[1:]]
-        return self.case(plan, cluster, batch, selective=selective).estimate(cuts)
+        return self.case(plan, cluster, batch, selective=selective, shards=shards).estimate(cuts)
 
-    def case(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False) -> Case:
+    def case(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False, shards: int = 0) -> Case:
         """A plan on a cluster but for where its stages begin; arguments as for `price`.
 
         Raises:
@@ -76,7 +77,7 @@ class Pricer:
         samples = math.ceil(batch / plan.micro_batches)
         # With its cluster, so that no other gets the id.
         mesh = tuple((a.name, a.size, a.dims == ("batch",)) for a in plan.axes)
-        where = self._once(("places", id(cluster), mesh), lambda: (places(plan, cluster), cluster))[0]
+        where = self._once(("places", id(cluster), mesh, shards), lambda: (places(plan, cluster, shards), cluster))[0]
 
         def loaded(place: Place) -> tuple[Table, Table, Place]:
             """The tables of a place's slowest and of its fullest ranks, and the place with what these have."""
@@ -93,7 +94,7 @@ class Pricer:
 
         made = {key: loaded(place) for key, place in {id(place): place for place in where}.items()}
         tables, held, there = zip(*(made[id(place)] for place in where), strict=True)
-        return Case(plan, self.profile, tables, held, there, self.copies)
+        return Case(plan, self.profile, tables, held, there, self.copies, shards)
 
     @cached_property
     def copies(self) -> int:
@@ -131,7 +132,7 @@ class Pricer:
         p, split = self.profile, tuple(axes)
 
         def rows() -> Rows:
-            kernels = Kernels(device, flash=p.flash, passes=p.passes)
+            kernels = Kernels(device, flash=p.flash, passes=p.passes, attention=p.attention, portable=p.portable)
             return Rows(self.folded, self.work(split), samples, kernels)
 
         def make() -> Table:
@@ -140,6 +141,7 @@ class Pricer:
                 self._once(("weights", split), lambda: Weights(self.folded, self.work(split), p.weight)),
                 self._once(("again", tuple(recompute)), lambda: Again(self.folded, recompute)),
                 selective=selective,
+                stops=p.stops,
             )
 
         return self._once(("table", split, samples, device.rates, tuple(recompute), selective), make)

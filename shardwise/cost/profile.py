@@ -27,12 +27,19 @@ class Profile:
         accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
         beside: bytes of a gradient as backward makes it, that stay from one micro-batch to the next.
         send_gradient: bytes of a gradient as it is sent.
+        send_weight: bytes of a sharded weight as it is gathered; 0 for the model's own dtype.
         state: bytes of optimizer state for each weight, a master copy of it included.
         overlap_data: share of the last backward behind which the all-reduce of gradients is hidden.
         overlap_scatter: the same of their reduce-scatter, where ZeRO shards the optimizer's state.
         overlap_gather: share of computing behind which the gathering of sharded or updated weights is hidden.
+        broadcasts: whether updated weights are sent by a broadcast of each rank's share, and not by one gather.
         pieces: collectives in which the sharded weights of a layer are gathered.
         overlap_tensor: share of a tensor axis's collectives that is hidden.
+        contention: seconds that computing takes longer for each second of collectives behind it, which hold
+            processors and memory bandwidth.
+        attention: rate of its fused attention over that of the device's description.
+        portable: whether its fused attention does without the instructions that earlier devices lack.
+        stops: whether computing a block again stops where it keeps nothing more.
         reserve: share by which the allocator keeps more than is in use.
         fixed: bytes of communication buffers and libraries' workspaces.
         outside: bytes that these take of the device where the framework's own figure of memory leaves them out.
@@ -52,12 +59,18 @@ class Profile:
     accumulate: int = 12
     beside: int = 0
     send_gradient: int = 4
+    send_weight: int = 0
     state: int = 8
     overlap_data: float = 0.0
     overlap_scatter: float = 0.0
     overlap_gather: float = 0.0
+    broadcasts: bool = False
     pieces: int = 1
     overlap_tensor: float = 0.0
+    contention: float = 0.35
+    attention: float = 1.0
+    portable: bool = True
+    stops: bool = False
     reserve: float = 0.05
     fixed: float = 0.0
     outside: float = 0.0
@@ -70,7 +83,7 @@ PROFILES = {
         Profile(
             "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, step=21e-6, step_staged=390e-6,
             tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, send_gradient=4, state=12, overlap_data=1.0,
-            reserve=0.05, outside=5e9,
+            contention=0.0, portable=False, reserve=0.05, outside=5e9,
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,
@@ -78,19 +91,27 @@ PROFILES = {
         ),
         Profile(
             "megatron-core", fused="all", prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4, state=12,
-            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.8, reserve=0.06, fixed=1e9,
+            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.8, contention=0.2,
+            portable=False, stops=True, reserve=0.06, fixed=1e9,
+        ),
+        Profile(
+            "internevo", fused="modules", prepared=True, passes=4.0, call=8e-6, weight=2, gradient=4, accumulate=6,
+            send_gradient=2, state=24, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, broadcasts=True,
+            reserve=0.06, fixed=1e9,
         ),
         Profile(
             "deepspeed", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=6,
-            send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=3e9,
+            send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=7e9,
         ),
         Profile(
-            "torchtitan", fused="all", prepared=True, passes=2.8, call=5e-6, weight=4, gradient=4, send_gradient=4,
-            state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+            "torchtitan", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,
+            send_weight=2, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, stops=True,
+            reserve=0.08, fixed=1e9,
         ),
         Profile(
-            "fsdp", fused="modules", prepared=True, call=8e-6, weight=4, gradient=4, send_gradient=2, state=8,
-            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, reserve=0.08, fixed=1e9,
+            "fsdp", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,
+            send_weight=2, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, attention=0.6,
+            stops=True, reserve=0.08, fixed=1e9,
         ),
     )
 }  # fmt: skip

@@ -141,7 +141,7 @@ class Rows:
 
     def __init__(self, folded: Folded, work: Work, samples: int, kernels: Kernels) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
-        self.kept = self.each(work.kept(samples, flash=kernels.flash))
+        self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
         self.largest = self.each([2 * work.made(op, samples) for op in work.graph.ops])
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         change = np.zeros(len(folded.whole.ops) + 2)
@@ -171,6 +171,11 @@ class Rows:
     @cached_property
     def gradients(self) -> Array:
         return self.each([min(t.gradients, 2) for t in self._tasks])
+
+    @cached_property
+    def keeps(self) -> Array:
+        saved = self._work.saved
+        return self.each([bool(saved[t.op].values or saved[t.op].others) for t in self._tasks]).astype(bool)
 
     @cached_property
     def attention(self) -> Array:
@@ -235,21 +240,33 @@ class Table:
         weights: the parameters.
         again: what is computed again in backward.
         selective: whether attention is.
+        stops: whether computing again stops where a block keeps nothing more.
     """
 
-    def __init__(self, rows: Rows, weights: Weights, again: Again, *, selective: bool = False) -> None:
+    def __init__(
+        self, rows: Rows, weights: Weights, again: Again, *, selective: bool = False, stops: bool = False
+    ) -> None:
         self.rows, self.weights, self.graph, self.blocks = rows, weights, rows.folded.whole, again.blocks
         self.live = rows.live
         self._more = again.inside | rows.attention if selective else again.inside
+        self._twice = self._more & np.logical_not(self._tails()) if stops else self._more
         self._inside = np.where(again.inside, rows.kept, 0.0)
         kept = np.where(self._more, 0.0, rows.kept)
         for op, number in again.entering:
             kept[op] += rows.bytes[number]
         self._kept = _running(kept)
 
+    def _tails(self) -> Array:
+        """Of each block that is computed again, the operators from the last that keeps anything on."""
+        last: dict[str, int] = {}
+        for i, block in enumerate(self.blocks):
+            if block and self.rows.keeps[i]:
+                last[block] = i
+        return np.array([bool(b) and i >= last.get(b, 0) for i, b in enumerate(self.blocks)])
+
     @cached_property
     def _sums(self) -> Mapping[str, Array]:
-        rows, more = self.rows, self._more
+        rows, more = self.rows, self._twice
         return {
             "forward": _running(rows.forward),
             "backward": _running(rows.backward),
@@ -261,9 +278,9 @@ class Table:
     @cached_property
     def _messages(self) -> Sequence[Mapping[tuple[str, str], tuple[Array, Array]]]:
         rows, back = self.rows, dict(self.rows.sent_back)
-        for key, sent in rows.sent.items() if self._more.any() else ():
+        for key, sent in rows.sent.items() if self._twice.any() else ():
             # What is computed again is sent again.
-            back[key] = back.get(key, 0.0) + sent * self._more
+            back[key] = back.get(key, 0.0) + sent * self._twice
         return [{k: (_running(r[0]), _running(r[1])) for k, r in way.items()} for way in (rows.sent, back)]
 
     @property

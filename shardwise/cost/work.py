@@ -295,10 +295,14 @@ class Work:
 
     # -- activations -------------------------------------------------------------------------------------------------
 
-    def kept(self, samples: int, *, flash: bool = True) -> list[float]:
+    def kept(self, samples: int, *, attention: str = "fused") -> list[float]:
         """For each operator the bytes that it is the first to keep for backward, for one micro-batch on one rank.
 
         Parameters and the batch itself are not counted, for they are kept anyway.
+
+        Args:
+            samples: of the micro-batch.
+            attention: whether attention is "fused", writes its "scores", or keeps what it was "observed" to keep.
         """
         seen: set[tuple[Value, float]] = set()
         found = []
@@ -308,10 +312,15 @@ class Work:
             keeps = self.saved[op]
             values, others = keeps.values, [float(size.at(samples)) for size in keeps.others]
             share = self.layout.share(op)
-            if self.kinds[op] == ATTENTION and flash:
+            if self.kinds[op] == ATTENTION and attention != "observed":
                 query = op.context.inputs[0].value
+                depth = max(query.sizes[-1].coefficient, 1)
                 values = tuple(dict.fromkeys([*op.inputs[:3], *op.outputs]))
-                others = [query.numel().at(samples) / max(query.sizes[-1].coefficient, 1) * 4]
+                others = [query.numel().at(samples) / depth * 4]
+                if attention == "scores":
+                    # What softmax makes, the mask of dropout and what it leaves: 5as²b (Korthikanti et al., 2022).
+                    values = tuple(op.inputs[:3])
+                    others = [op.context.work.at(samples) / (4 * depth) * (2 * query.dtype.itemsize + 1)]
             if self.fused != "none" and self.kinds[op] in (MEMORY, NOTHING) and not others:
                 values, others = self._fused_keeps(op, values), []
             for value in values:

@@ -94,6 +94,8 @@ class Device:
         network: name of the network that usually joins such nodes.
         operators: what operators were measured to take, in place of the shares above.
         step: seconds that a step takes besides its operators, where that was measured.
+        portable: share that fused attention reaches without the instructions that earlier devices lack, where that is
+            less.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Device:
     network: str
     operators: tuple[Curve, ...] = ()
     step: Quantity | None = None
+    portable: Quantity | None = None
 
     @classmethod
     def read(cls, table: Any, where: str) -> Device:
@@ -132,7 +135,7 @@ class Device:
             fact = f"has {strange[0]!r}" if strange else "lacks fp32"
             raise MachineError(f"flops of {where} {fact}; it has fp32 and any of {', '.join(PRECISIONS)}")
         reached = _table(table["reached"], f"reached of {where}")
-        _closed(reached, {"matmul", "attention", "memory", "call"}, f"reached of {where}")
+        _closed(reached, {"matmul", "attention", "memory", "call"}, f"reached of {where}", may={"portable"})
 
         def of(source: Mapping[str, Any], key: str, measure: str) -> Quantity:
             return Quantity.read(source[key], measure, f"{key} of {where}")
@@ -154,12 +157,14 @@ class Device:
             network=str(table["network"]),
             operators=tuple(Curve.read(row, where) for row in _rows(table, "operators", where)),
             step=of(table, "step", "seconds") if "step" in table else None,
+            portable=of(reached, "portable", "a share") if "portable" in reached else None,
         )
 
     @functools.cached_property
     def rates(self) -> tuple[object, ...]:
         """All that its operators' seconds depend on: equal for devices that compute alike."""
-        numbers = (self.units, self.bandwidth, self.matmul, self.attention, self.reached, self.call)
+        portable = self.portable or self.attention
+        numbers = (self.units, self.bandwidth, self.matmul, self.attention, portable, self.reached, self.call)
         flops = sorted((precision, rate.value) for precision, rate in self.flops.items())
         return self.kind, *(n.value for n in numbers), *flops, *self.operators
 

@@ -1,0 +1,108 @@
+"""What profiles and groups of ranks change in a price: each number moves what it is said to move, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from shardwise.cost.estimate import Estimate
+from shardwise.cost.pricer import Pricer
+from shardwise.cost.profile import PROFILES
+from shardwise.cost.work import Work
+from shardwise.graph.graph import Graph
+from shardwise.graph.saved import saved
+from shardwise.machine.cluster import Cluster
+from shardwise.machine.device import device
+from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
+from shardwise.search.space import layer_patterns
+from tests.zoo import ZOO
+
+NODES = Cluster.load("2x8xh100-sxm")
+FSDP = PROFILES["fsdp"]
+SIXTEEN = (PlanAxis("data", 16, ("batch",)),)
+
+
+@cache
+def graph(name: str) -> Graph:
+    return Graph.of(ZOO[name]())
+
+
+def price(plan: Plan, profile: Any = FSDP, *, name: str = "llama", cluster: Cluster = NODES, **more: Any) -> Estimate:
+    return Pricer(graph(name), profile).price(plan, cluster, 16, **more)
+
+
+def test_what_runs_behind_computing_slows_it() -> None:
+    for zero in (0, 1, 3):
+        plan = Plan(SIXTEEN, zero=zero)
+        free, held, full = (price(plan, replace(FSDP, contention=share)) for share in (0.0, 0.35, 1.0))
+        assert free.hidden["data"] > 0 and not full.hidden
+        assert held.step - free.step == pytest.approx(0.35 * free.hidden["data"])
+        assert full.step - free.step == pytest.approx(free.hidden["data"])
+
+
+def test_weights_travel_in_their_own_width() -> None:
+    thin, wide = (price(Plan(SIXTEEN, zero=3), replace(FSDP, send_weight=n, contention=1.0)) for n in (2, 4))
+    own = price(Plan(SIXTEEN, zero=3), replace(FSDP, send_weight=0, weight=4, contention=1.0))
+    assert thin.step < wide.step == pytest.approx(own.step)
+
+
+def test_groups_of_ranks_hold_more_and_send_less_between_nodes() -> None:
+    slow = Cluster.load("2x8xh100-sxm+ethernet-1")
+    plan = Plan(SIXTEEN, zero=3)
+    all_of_them, node = (price(plan, cluster=slow, shards=shards) for shards in (0, 8))
+    assert node.step < all_of_them.step
+    for item in ("parameters", "gradients", "optimizer"):
+        assert node.memory[item] == pytest.approx(2 * all_of_them.memory[item])
+    assert price(plan, shards=16).step == pytest.approx(price(plan).step)
+
+
+def test_a_broadcast_of_each_share_starts_as_often_as_there_are_ranks() -> None:
+    plan = Plan(SIXTEEN, zero=1)
+    gather, each = (price(plan, replace(FSDP, broadcasts=b, overlap_gather=0.0)) for b in (False, True))
+    from_all = NODES.path(range(16)).parts("all_gather")[0]
+    assert each.step - gather.step == pytest.approx(15 * from_all)
+
+
+def test_computing_again_may_stop_where_a_block_keeps_nothing_more() -> None:
+    plan = Plan(recompute=layer_patterns(graph("llama")))
+    whole, part = (price(plan, replace(FSDP, stops=stops)).seconds["compute"] for stops in (False, True))
+    none = price(Plan()).seconds["compute"]
+    assert none < part < whole
+
+
+def test_attention_that_is_not_fused_keeps_its_scores() -> None:
+    whole = graph("llama")
+    work = Work(whole, (), saved(whole))
+    batch = ZOO["llama"]().global_batch
+    fused, scores = (sum(work.kept(batch, attention=how)) for how in ("fused", "scores"))
+    ops = [op for op in whole.ops if work.kinds[op] == "attention"]
+    query = [op.context.inputs[0].value for op in ops]
+    entries = sum(v.numel().at(batch) / v.sizes[-1].coefficient * v.sizes[-2].at(batch) for v in query)
+    statistics = sum(v.numel().at(batch) / v.sizes[-1].coefficient * 4 for v in query)
+    outputs = sum(op.outputs[0].bytes().at(batch) for op in ops)
+    itemsize = query[0].dtype.itemsize
+    # Its output is kept by the product behind it where attention does not keep it.
+    assert entries * (2 * itemsize + 1) - statistics - outputs <= scores - fused
+    assert scores - fused <= entries * (2 * itemsize + 1) - statistics
+
+
+def test_attention_written_for_earlier_devices_is_slower_on_later_ones() -> None:
+    ampere = Cluster.load("8xa100-80gb")
+    for cluster, slower in ((NODES, True), (ampere, False)):
+        own, portable = (
+            price(Plan(), replace(FSDP, portable=p, call=0.0), cluster=cluster).step for p in (False, True)
+        )
+        assert own < portable if slower else own == portable
+    assert device("a100-80gb").portable is None
+
+
+def test_backward_in_two_halves_keeps_as_much_on_every_rank() -> None:
+    plan = Plan((PlanAxis(PIPELINE, 4),), ("a", "b", "c"), micro_batches=8)
+    pricer = Pricer(graph("llama"), FSDP)
+    whole = pricer.case(plan.with_(schedule="1f1b"), NODES, 16)
+    halves = pricer.case(plan.with_(schedule="zero-bubble"), NODES, 16)
+    assert [whole.in_flight(rank, 4) for rank in range(4)] == [4, 3, 2, 1]
+    assert [halves.in_flight(rank, 4) for rank in range(4)] == [4, 4, 4, 4]

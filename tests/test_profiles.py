@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shardwise.cost.estimate import Estimate
-from shardwise.cost.pricer import Pricer
+from shardwise.cost.pricer import Besides, Pricer
 from shardwise.cost.profile import PROFILES
 from shardwise.cost.work import Work
 from shardwise.graph.graph import Graph
@@ -52,11 +52,11 @@ def test_weights_travel_in_their_own_width() -> None:
 def test_groups_of_ranks_hold_more_and_send_less_between_nodes() -> None:
     slow = Cluster.load("2x8xh100-sxm+ethernet-1")
     plan = Plan(SIXTEEN, zero=3)
-    all_of_them, node = (price(plan, cluster=slow, shards=shards) for shards in (0, 8))
+    all_of_them, node = (price(plan, cluster=slow, besides=Besides(shards=shards)) for shards in (0, 8))
     assert node.step < all_of_them.step
     for item in ("parameters", "gradients", "optimizer"):
         assert node.memory[item] == pytest.approx(2 * all_of_them.memory[item])
-    assert price(plan, shards=16).step == pytest.approx(price(plan).step)
+    assert price(plan, besides=Besides(shards=16)).step == pytest.approx(price(plan).step)
 
 
 def test_a_broadcast_of_each_share_starts_as_often_as_there_are_ranks() -> None:

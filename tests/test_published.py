@@ -69,7 +69,7 @@ def test_what_takes_longer_costs_more() -> None:
 
 def test_rows_that_cannot_be_priced_are_told_with_a_reason() -> None:
     odd = [
-        {**ROW, "precision": "fp8"}, {**ROW, "ep": "8"}, {**ROW, "hidden": ""}, {**ROW, "pp": "16"},
+        {**ROW, "precision": "NVFP4"}, {**ROW, "ep": "8"}, {**ROW, "hidden": ""}, {**ROW, "pp": "16"},
         {**ROW, "heads": "7"}, {**ROW, "n_gpus": "4"},
     ]  # fmt: skip
     found, refused = predictions(odd)

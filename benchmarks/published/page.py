@@ -33,7 +33,8 @@ pipeline's host runs beside the device, were chosen after a look at the picks of
 _TABLE = """## Errors
 
 Relative errors in percent: the median and the 90th percentile of step time, the median of memory where the source gives
-it. A goal is in brackets behind what misses it. For ultrascale the rows have one stage; its pipelines are below.
+it. A goal is in brackets behind what misses it; there is none for products in 8 bits. For ultrascale the rows have one
+stage; its pipelines are below.
 
 | table | cells | plans | step time | 90th percentile | memory |
 |---|---|---|---|---|---|
@@ -72,11 +73,16 @@ def text(parts: Sequence[Part], refused: Mapping[str, Mapping[str, int]], short:
     for part in parts:
         if not part.scores.priced:
             continue
-        goal = GOALS.get(part.table, (0, 0, 0))
-        time = part.scores.one if part.table == "ultrascale" else part.scores.time
-        cells = [_percent(time[0], goal[0]), _percent(time[1], goal[1]), _percent(part.scores.memory, goal[2])]
-        count = f"{part.scores.priced} of {part.scores.plans}"
-        lines.append(f"| {part.table} | {'held out' if part.held else 'others'} | {count} | {' | '.join(cells)} |\n")
+        for eight in (False, True):
+            scores = score([p for p in part.plans if p.eight == eight])
+            if not scores.priced:
+                continue
+            goal = (0, 0, 0) if eight else GOALS.get(part.table, (0, 0, 0))
+            time = scores.one if part.table == "ultrascale" else scores.time
+            cells = [_percent(time[0], goal[0]), _percent(time[1], goal[1]), _percent(scores.memory, goal[2])]
+            name = part.table + ", 8 bits" * eight
+            count = f"{scores.priced} of {scores.plans}"
+            lines.append(f"| {name} | {'held out' if part.held else 'others'} | {count} | {' | '.join(cells)} |\n")
     smaller = [p for part in parts if part.table == "ultrascale" for p in part.plans if p.devices < 512]
     fit = score(smaller).fit
     choice = [(cell, part.held, loss) for part in parts for cell, loss in part.scores.regret.items()]

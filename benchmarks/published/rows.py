@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from benchmarks.published.score import EIGHT
 from shardwise.cost.estimate import Estimate
-from shardwise.cost.pricer import Pricer
+from shardwise.cost.pricer import Besides, Pricer
 from shardwise.cost.profile import PROFILES, Profile
 from shardwise.graph.blocks import blocks
 from shardwise.graph.graph import Graph, Op
@@ -225,17 +226,20 @@ def zero_of(row: Mapping[str, str]) -> int:
     return int(found.group(1)) if found else 1 if "distributed optimizer" in text else 0
 
 
-def recompute_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> tuple[tuple[str, ...], bool]:
-    """Patterns of the blocks that are computed again, and whether attention alone is.
+def recompute_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> tuple[tuple[str, ...], str]:
+    """Patterns of the blocks that are computed again, and what is selective about it.
 
-    What torchtitan calls selective computes every second layer or product again; Megatron-LM's is attention's scores.
+    What fms and torchtitan call selective computes every second layer again, or of each layer every second product;
+    Megatron-LM's is attention's scores.
     """
     text = (row.get("recompute") or "").lower()
     if text.startswith(("full", "always")):
-        return layer_patterns(graph), False
-    if text.startswith("selective") and row["table"] in ("torchtitan", "fms"):
-        return tuple(f"model.layers.{i}" for i in range(0, shape.layers, 2)), False
-    return (), text.startswith("selective")
+        return layer_patterns(graph), ""
+    if not text.startswith("selective"):
+        return (), ""
+    if row["table"] == "fms" or "layer" in text:
+        return tuple(f"model.layers.{i}" for i in range(0, shape.layers, 2)), ""
+    return (layer_patterns(graph), "products") if row["table"] == "torchtitan" else ((), "attention")
 
 
 SCHEDULES = {"1F1B": "1f1b", "1F1B-I": "interleaved", "ZB-1p": "zero-bubble"}
@@ -341,23 +345,28 @@ def learned(graph: Graph, op: Op) -> list[Value]:
     return [v for v in op.inputs if v in names]
 
 
+OTHER = re.compile(r"fp4|int8|mxfp8|fp8-mx", re.I)
+"""Precisions that are not priced: of 4 bits, or with a scale for each block."""
+
+
 def price(row: Mapping[str, str]) -> Estimate:
     """What a row's plan costs.
 
     Raises:
         ValueError: the row is not one that can be priced; the text says why.
     """
-    if re.search(r"fp8|float8|fp4|mx", (row.get("precision") or ""), re.I) or "lora" in row["config_id"].lower():
-        raise ValueError("8-bit numbers, or adapters alone are trained")
+    precision = row.get("precision") or ""
+    if OTHER.search(precision) or "lora" in row["config_id"].lower():
+        raise ValueError("numbers of 4 bits or scaled by block, or adapters alone are trained")
     shape = shape_of(row)
     graph = graph_of(shape)
     plan = plan_of(row, shape, graph)
     micro = int(number(row, "micro_batch")) or 1
     batch = micro * plan.micro_batches * math.prod(a.size for a in plan.axes if a.dims == ("batch",))
-    selective = recompute_of(row, shape, graph)[1]
+    besides = Besides(recompute_of(row, shape, graph)[1], shards_of(row), EIGHT.search(precision) is not None)
     pricer, cluster = pricer_of(shape, profile_of(row)), Cluster.load(cluster_of(row))
-    found = pricer.price(plan, cluster, batch, selective=selective, shards=shards_of(row))
+    found = pricer.price(plan, cluster, batch, besides=besides)
     if plan.zero == 3 and not found.fits and not (row.get("recompute") or row.get("status")):
         # The source says nothing of recompute, and lists only what ran; fully sharded runs of it recompute.
-        return pricer.price(plan.with_(recompute=layer_patterns(graph)), cluster, batch)
+        return pricer.price(plan.with_(recompute=layer_patterns(graph)), cluster, batch, besides=besides)
     return found

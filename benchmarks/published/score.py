@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
 GIB = 2**30
+EIGHT = re.compile(r"fp8|float8", re.I)
+"""Precisions of products in 8 bits."""
 _CONFIG = (
     "cell", "tp", "pp", "vpp", "dp", "cp", "ep", "zero_fsdp", "micro_batch", "global_batch", "recompute",
     "sequence_parallel", "precision", "compile", "seq_len",
@@ -22,7 +25,10 @@ _CONFIG = (
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan of a table: what was measured and what was predicted, in seconds and GiB; NaN where there is none."""
+    """A plan of a table: what was measured and what was predicted, in seconds and GiB; NaN where there is none.
+
+    `eight` is whether its products are in 8 bits.
+    """
 
     cell: str
     stages: int
@@ -35,6 +41,7 @@ class Planned:
     memory: float
     peak: float
     fits: bool
+    eight: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ def planned(rows: Sequence[Mapping[str, str]], predicted: Mapping[str, Mapping[s
                 _middle(row.get("peak_mem_GB") for row in group),
                 _middle(p["peak_mem_GiB"] for p in prices),
                 _middle(p["fits"] for p in prices) > 0.5,
+                EIGHT.search(first.get("precision") or "") is not None,
             )
         )
     return found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 
 from shardwise.cost.work import ATTENTION, NOTHING, PRODUCT, Product, Task
+from shardwise.graph.graph import Op
 from shardwise.machine.device import Device
 
 _TILES = ((256, 128, 1.0), (128, 128, 0.92), (128, 64, 0.75), (64, 64, 0.55))
@@ -26,6 +28,7 @@ class Kernels:
         passes: how many times as long as their bytes ask for operators bound by memory take.
         attention: rate of fused attention over that of the device's description.
         portable: whether attention does without the instructions that earlier devices lack.
+        eight: operators whose products are computed in 8 bits.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class Kernels:
         passes: float = 1.0,
         attention: float = 1.0,
         portable: bool = True,
+        eight: Collection[Op] = (),
     ) -> None:
-        self.device, self.flash, self.passes = device, flash, passes
+        self.device, self.flash, self.passes, self.eight = device, flash, passes, eight
         self._fused = attention * ((portable and device.portable) or device.attention).value
         self._memory = device.bandwidth.value * device.reached.value
         # An accelerator runs ahead of its host, and a core is the host.
@@ -57,7 +61,7 @@ class Kernels:
 
     def _forward(self, task: Task) -> float:
         if task.kind == PRODUCT and task.product is not None:
-            return self.product(task.product, task.dtype)
+            return self._linear(task.product, task)
         if task.kind == ATTENTION:
             return self._attention(task, 1.0)
         return self._moved(task, task.moved)
@@ -65,9 +69,9 @@ class Kernels:
     def _backward(self, task: Task) -> float:
         if task.kind == PRODUCT and task.product is not None:
             n, rows, columns, depth = task.product
-            back = self.product(Product(n, rows, depth, columns), task.dtype)
+            back = self._linear(Product(n, rows, depth, columns), task)
             if task.gradients > 1:
-                back += self.product(Product(n, depth, columns, rows), task.dtype)
+                back += self.product(Product(n, depth, columns, rows), self._dtype(task))
             return back
         if task.kind == ATTENTION:
             return self._attention(task, _BACK_ATTENTION if self.flash else 2.0)
@@ -90,6 +94,18 @@ class Kernels:
         )  # fmt: skip
         # Backward is measured with a gradient for each operand.
         return seconds * (0.5 if backward and task.kind == PRODUCT and task.gradients == 1 else 1.0)
+
+    def _dtype(self, task: Task) -> torch.dtype:
+        return torch.float8_e4m3fn if task.op in self.eight else task.dtype
+
+    def _linear(self, product: Product, task: Task) -> float:
+        """Seconds of a layer's product; where it is one in 8 bits, what comes in is rounded first, weights once a step."""
+        seconds = self.product(product, self._dtype(task))
+        if task.op in self.eight:
+            # Read, and written as it is and transposed, for the other products.
+            rounded = product.copies * product.rows * product.depth * (task.dtype.itemsize + 2)
+            seconds += rounded * self.passes / self._memory
+        return seconds
 
     def product(self, product: Product, dtype: torch.dtype) -> float:
         """Seconds of matrix products."""

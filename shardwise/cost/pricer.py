@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -32,6 +32,22 @@ from shardwise.plan.plan import PIPELINE, Plan
 _T = TypeVar("_T")
 
 
+@dataclass(frozen=True)
+class Besides:
+    """What a framework may do that no plan says, because Shardwise does not do it.
+
+    Attributes:
+        selective: "attention": attention alone is computed again, besides the blocks that the plan names; "products":
+            of these blocks attention and every second product are kept.
+        shards: how many neighbours of the ranks that split the batch share what ZeRO shards; 0 for all.
+        fp8: whether products of repeated layers are computed in 8 bits.
+    """
+
+    selective: str = ""
+    shards: int = 0
+    fp8: bool = False
+
+
 class Pricer:
     """Prices plans of one graph.
 
@@ -45,23 +61,22 @@ class Pricer:
         self.profile = profile or PROFILES["shardwise"]
         self._made: dict[tuple[object, ...], Any] = {}
 
-    def price(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False, shards: int = 0) -> Estimate:
+    def price(self, plan: Plan, cluster: Cluster, batch: int, *, besides: Besides = Besides()) -> Estimate:
         """What a plan costs on a cluster.
 
         Args:
             plan: how the model is split.
             cluster: the machines; ranks are placed in the order of its nodes.
             batch: samples of a step.
-            selective: whether attention is computed again in backward.
-            shards: how many neighbours of those that split the batch share what ZeRO shards; 0 for all.
+            besides: what the framework does besides.
 
         Raises:
             PlanError: the plan is for another graph, or needs more ranks than the cluster has.
         """
         cuts = [low for low, _ in stage_bounds(self.graph, plan)[1:]]
-        return self.case(plan, cluster, batch, selective=selective, shards=shards).estimate(cuts)
+        return self.case(plan, cluster, batch, besides=besides).estimate(cuts)
 
-    def case(self, plan: Plan, cluster: Cluster, batch: int, *, selective: bool = False, shards: int = 0) -> Case:
+    def case(self, plan: Plan, cluster: Cluster, batch: int, *, besides: Besides = Besides()) -> Case:
         """A plan on a cluster but for where its stages begin; arguments as for `price`.
 
         Raises:
@@ -77,12 +92,13 @@ class Pricer:
         samples = math.ceil(batch / plan.micro_batches)
         # With its cluster, so that no other gets the id.
         mesh = tuple((a.name, a.size, a.dims == ("batch",)) for a in plan.axes)
+        shards = besides.shards
         where = self._once(("places", id(cluster), mesh, shards), lambda: (places(plan, cluster, shards), cluster))[0]
 
         def loaded(place: Place) -> tuple[Table, Table, Place]:
             """The tables of a place's slowest and of its fullest ranks, and the place with what these have."""
             each = [
-                (self.table(inner, load.samples, load.device, plan.recompute, selective), load)
+                (self.table(inner, load.samples, load.device, plan.recompute, besides), load)
                 for load in loads(plan, cluster, place, samples)
             ]
             if len(each) == 1:
@@ -112,6 +128,14 @@ class Pricer:
         return fold(self.graph, self.blocks)
 
     @cached_property
+    def layers(self) -> frozenset[Op]:
+        """The products with parameters in blocks that repeat."""
+        graph, block = self.folded.graph, max(self.blocks, key=lambda b: b.count)
+        learned = set(graph.params.values())
+        found = {graph.ops[i] for i in self.folded.index[block.start : block.stop]}
+        return frozenset(op for op in found if op.context.work.coefficient and learned.intersection(op.inputs))
+
+    @cached_property
     def saved(self) -> Mapping[Op, Saved]:
         """What operators keep for backward."""
         return saved(self.folded.graph)
@@ -126,25 +150,33 @@ class Pricer:
         return self._once(("work", tuple(axes)), make)
 
     def table(
-        self, axes: Sequence[SplitAxis], samples: int, device: Device, recompute: Sequence[str], selective: bool = False
+        self,
+        axes: Sequence[SplitAxis],
+        samples: int,
+        device: Device,
+        recompute: Sequence[str],
+        besides: Besides = Besides(),
     ) -> Table:
         """What operators take under these axes for a micro-batch on a device."""
         p, split = self.profile, tuple(axes)
 
         def rows() -> Rows:
-            kernels = Kernels(device, flash=p.flash, passes=p.passes, attention=p.attention, portable=p.portable)
+            kernels = Kernels(
+                device, flash=p.flash, passes=p.passes, attention=p.attention, portable=p.portable,
+                eight=self.layers if besides.fp8 else frozenset(),
+            )  # fmt: skip
             return Rows(self.folded, self.work(split), samples, kernels)
 
         def make() -> Table:
             return Table(
-                self._once(("rows", split, samples, device.rates), rows),
+                self._once(("rows", split, samples, device.rates, besides.fp8), rows),
                 self._once(("weights", split), lambda: Weights(self.folded, self.work(split), p.weight)),
                 self._once(("again", tuple(recompute)), lambda: Again(self.folded, recompute)),
-                selective=selective,
+                selective=besides.selective,
                 stops=p.stops,
             )
 
-        return self._once(("table", split, samples, device.rates, tuple(recompute), selective), make)
+        return self._once(("table", split, samples, device.rates, tuple(recompute), besides), make)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
         """What was made for this key, or is made now."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.kernels import Kernels
-from shardwise.cost.work import ATTENTION, Message, Task, Work
+from shardwise.cost.work import ATTENTION, PRODUCT, Message, Task, Work
 from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
 from shardwise.parallel.recompute import block_of
@@ -178,6 +178,10 @@ class Rows:
         return self.each([bool(saved[t.op].values or saved[t.op].others) for t in self._tasks]).astype(bool)
 
     @cached_property
+    def products(self) -> Array:
+        return self.each([t.kind == PRODUCT for t in self._tasks]).astype(bool)
+
+    @cached_property
     def attention(self) -> Array:
         return self.each([t.kind == ATTENTION for t in self._tasks]).astype(bool)
 
@@ -239,22 +243,34 @@ class Table:
         rows: what each takes.
         weights: the parameters.
         again: what is computed again in backward.
-        selective: whether attention is.
+        selective: "attention": so is attention everywhere; "products": attention and every second product are not.
         stops: whether computing again stops where a block keeps nothing more.
     """
 
-    def __init__(
-        self, rows: Rows, weights: Weights, again: Again, *, selective: bool = False, stops: bool = False
-    ) -> None:
+    def __init__(self, rows: Rows, weights: Weights, again: Again, *, selective: str = "", stops: bool = False) -> None:
         self.rows, self.weights, self.graph, self.blocks = rows, weights, rows.folded.whole, again.blocks
         self.live = rows.live
-        self._more = again.inside | rows.attention if selective else again.inside
+        spared = self._spared() if selective == "products" else np.zeros_like(again.inside)
+        self._more = again.inside & ~spared | rows.attention * (selective == "attention")
         self._twice = self._more & np.logical_not(self._tails()) if stops else self._more
         self._inside = np.where(again.inside, rows.kept, 0.0)
-        kept = np.where(self._more, 0.0, rows.kept)
+        # What is spared is kept as it is made.
+        kept = np.where(self._more, 0.0, np.where(spared, rows.largest / 2, rows.kept))
         for op, number in again.entering:
             kept[op] += rows.bytes[number]
         self._kept = _running(kept)
+
+    def _spared(self) -> npt.NDArray[np.bool_]:
+        """Of each block its attention, its first product, its third and so on."""
+        seen: dict[str, int] = {}
+        found = np.zeros(len(self.blocks), dtype=bool)
+        for i, block in enumerate(self.blocks):
+            if block and self.rows.attention[i]:
+                found[i] = True
+            elif block and self.rows.products[i]:
+                seen[block] = seen.get(block, 0) + 1
+                found[i] = seen[block] % 2 == 1
+        return found
 
     def _tails(self) -> Array:
         """Of each block that is computed again, the operators from the last that keeps anything on."""

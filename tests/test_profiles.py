@@ -7,11 +7,13 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from shardwise.cost.estimate import Estimate
+from shardwise.cost.kernels import Kernels
 from shardwise.cost.pricer import Besides, Pricer
 from shardwise.cost.profile import PROFILES
-from shardwise.cost.work import Work
+from shardwise.cost.work import Product, Work
 from shardwise.graph.graph import Graph
 from shardwise.graph.saved import saved
 from shardwise.machine.cluster import Cluster
@@ -71,6 +73,26 @@ def test_computing_again_may_stop_where_a_block_keeps_nothing_more() -> None:
     whole, part = (price(plan, replace(FSDP, stops=stops)).seconds["compute"] for stops in (False, True))
     none = price(Plan()).seconds["compute"]
     assert none < part < whole
+
+
+def test_every_second_product_may_be_kept_of_a_block_that_is_computed_again() -> None:
+    plan = Plan(recompute=layer_patterns(graph("llama")))
+    whole, part, none = price(plan), price(plan, besides=Besides(selective="products")), price(Plan())
+    assert none.step < part.step < whole.step
+    assert whole.memory["activations"] < part.memory["activations"] < none.memory["activations"]
+
+
+def test_products_in_8_bits_are_those_of_layers() -> None:
+    pricer = Pricer(graph("llama"), FSDP)
+    names = {name for op in pricer.layers for name, v in pricer.folded.graph.params.items() if v in op.inputs}
+    assert names and not any("lm_head" in name or "embed" in name for name in names)
+    devices = device("h100-sxm"), device("a100-80gb")
+    for kind, faster in zip(devices, (True, False), strict=True):
+        task = next(t for t in pricer.work(()).tasks(1) if t.op in pricer.layers)
+        task = replace(task, product=Product(1, 8192, 8192, 8192), dtype=torch.bfloat16)
+        plain, eight = (Kernels(kind, eight=ops).backward(task) for ops in ((), pricer.layers))
+        # A device without them computes in what it has, and rounds for nothing.
+        assert eight < plain if faster else eight > plain
 
 
 def test_attention_that_is_not_fused_keeps_its_scores() -> None:

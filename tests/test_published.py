@@ -14,6 +14,9 @@ from benchmarks.published import rows
 from benchmarks.published.__main__ import main, predictions
 from benchmarks.published.page import Part, plot, text
 from benchmarks.published.score import held_out, planned, score
+from shardwise.cost.work import Work
+from shardwise.graph.saved import saved
+from shardwise.parallel.layout import SplitAxis
 from shardwise.plan.plan import Plan
 
 ROW = {
@@ -65,6 +68,25 @@ def test_what_takes_longer_costs_more() -> None:
     assert step() > step(recompute="none")
     assert step() > step(accelerator="H100-80GB")
     assert step() < step(interconnect="4x Omni-Path 100Gb/s")
+
+
+def test_queries_that_are_balanced_leave_causal_attention_half() -> None:
+    graph = rows.graph_of(rows.shape_of(ROW))
+    axes, kept = (SplitAxis("context", 2, ("sequence",)),), saved(graph)
+    for balanced in (False, True):
+        tasks = Work(graph, axes, kept, balanced=balanced).tasks(4)
+        assert {t.causal for t in tasks if t.kind == "attention"} == {balanced}
+
+
+def test_what_a_source_says_of_its_runs_is_what_is_priced() -> None:
+    assert rows.shards_of({**ROW, "zero_fsdp": "ZeRO-1 group=4"}) == 4
+    assert rows.shards_of({**ROW, "zero_fsdp": "HSDP"}) == 8 and not rows.shards_of(ROW)
+    assert plan(notes="schedule ZB-1p; fast", recompute="none").schedule == "zero-bubble"
+    assert step(precision="fp8", accelerator="H100-80GB") != step(accelerator="H100-80GB")
+    assert rows.profile_of({**ROW, "table": "fms", "compile": "yes"}).fused == "all"
+    graph = rows.graph_of(rows.shape_of(ROW))
+    row = {**ROW, "table": "torchtitan", "recompute": "selective op"}
+    assert rows.recompute_of(row, rows.shape_of(ROW), graph)[1] == "products"
 
 
 def test_rows_that_cannot_be_priced_are_told_with_a_reason() -> None:

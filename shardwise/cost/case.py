@@ -234,7 +234,7 @@ class Case:
             return plan.micro_batches * each
         if each == 1:
             # The second half of a backward comes as late as the first rank's, and keeps what it needs.
-            return min(plan.micro_batches, ranks - rank if plan.schedule == "1f1b" else ranks)
+            return min(plan.micro_batches, ranks if plan.schedule == "zero-bubble" else ranks - rank)
         ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
         return min(plan.micro_batches * each, ahead)
 

@@ -99,7 +99,7 @@ class Kernels:
         return torch.float8_e4m3fn if task.op in self.eight else task.dtype
 
     def _linear(self, product: Product, task: Task) -> float:
-        """Seconds of a layer's product; where it is one in 8 bits, what comes in is rounded first, weights once a step."""
+        """Seconds of a layer's product; one in 8 bits has what comes in rounded first, and weights once a step."""
         seconds = self.product(product, self._dtype(task))
         if task.op in self.eight:
             # Read, and written as it is and transposed, for the other products.

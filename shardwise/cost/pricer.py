@@ -145,7 +145,7 @@ class Pricer:
         p = self.profile
 
         def make() -> Work:
-            return Work(self.folded.graph, axes, self.saved, fused=p.fused, prepared=p.prepared)
+            return Work(self.folded.graph, axes, self.saved, fused=p.fused, prepared=p.prepared, balanced=p.balanced)
 
         return self._once(("work", tuple(axes)), make)
 

@@ -17,6 +17,7 @@ class Profile:
             "none", those of one "modules", or "all".
         flash: whether attention is one operator that keeps no scores.
         prepared: whether what depends on the batch alone, such as masks, is made beforehand.
+        balanced: whether each rank of a context axis has early and late queries, as many keys for each rank.
         passes: how many times as long as their bytes ask for operators bound by memory take.
         call: seconds of the host for each operator it starts.
         step: seconds that each step of a tensor axis's ring takes besides where it leaves the node.
@@ -49,6 +50,7 @@ class Profile:
     fused: str = "none"
     flash: bool = True
     prepared: bool = False
+    balanced: bool = False
     passes: float = 1.0
     call: float = 0.0
     step: float = 0.0
@@ -92,7 +94,7 @@ PROFILES = {
         Profile(
             "megatron-core", fused="all", prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4, state=12,
             overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.8, contention=0.2,
-            portable=False, stops=True, reserve=0.06, fixed=1e9,
+            portable=False, balanced=True, stops=True, reserve=0.06, fixed=1e9,
         ),
         Profile(
             "internevo", fused="modules", prepared=True, passes=4.0, call=8e-6, weight=2, gradient=4, accumulate=6,
@@ -105,8 +107,8 @@ PROFILES = {
         ),
         Profile(
             "torchtitan", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,
-            send_weight=2, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, stops=True,
-            reserve=0.08, fixed=1e9,
+            send_weight=2, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, balanced=True,
+            stops=True, reserve=0.08, fixed=1e9,
         ),
         Profile(
             "fsdp", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,

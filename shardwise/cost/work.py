@@ -80,6 +80,8 @@ class Work:
         fused: which operators bound by memory run as one where they follow each other: "none", those of one module
             ("modules": a norm, an activation), or "all".
         prepared: whether what depends on the batch alone costs nothing.
+        balanced: whether the queries of each rank are early ones and late ones, so that causal attention takes half of
+            the keys however they are split.
     """
 
     def __init__(
@@ -90,9 +92,10 @@ class Work:
         *,
         fused: str = "none",
         prepared: bool = False,
+        balanced: bool = False,
     ) -> None:
         self.graph, self.axes, self.saved = graph, tuple(axes), saved
-        self.fused, self.prepared = fused, prepared
+        self.fused, self.prepared, self.balanced = fused, prepared, balanced
         self.layout = Layout(graph, axes)
         self._params = {v: n for n, v in graph.params.items()}
         self._tasks: dict[int, list[Task]] = {}
@@ -152,7 +155,7 @@ class Work:
         dtype = next((v.dtype for v in op.outputs if v.dtype.is_floating_point), torch.float32)
         product = self._product(op, samples, flops) if kind == PRODUCT else None
         queries = any(c.letter is not None and c.letter.special == "queries" for c in self.layout.choices[op])
-        causal = bool(op.context.arguments.get("is_causal", False)) and not queries
+        causal = bool(op.context.arguments.get("is_causal", False)) and (self.balanced or not queries)
         return Task(op, kind, dtype, flops, product, gradients, moved, back, causal, calls, forward, backward)
 
     @cached_property

@@ -11,8 +11,9 @@ import torch
 
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.kernels import Kernels
-from shardwise.cost.pricer import Besides, Pricer
-from shardwise.cost.profile import PROFILES
+from shardwise.cost.pricer import Pricer
+from shardwise.cost.profile import PROFILES, Besides
+from shardwise.cost.timeline import ahead_seconds, pipeline_seconds
 from shardwise.cost.work import Product, Work
 from shardwise.graph.graph import Graph
 from shardwise.graph.saved import saved
@@ -73,6 +74,16 @@ def test_computing_again_may_stop_where_a_block_keeps_nothing_more() -> None:
     whole, part = (price(plan, replace(FSDP, stops=stops)).seconds["compute"] for stops in (False, True))
     none = price(Plan()).seconds["compute"]
     assert none < part < whole
+
+
+def test_room_for_more_micro_batches_leaves_less_bubble() -> None:
+    ranks, micros, times = 4, 12, ([1.0] * 4, [2.0] * 4, [0.1] * 3)
+    once = pipeline_seconds("zero-bubble", ranks, micros, *times)
+    single, double, many = (ahead_seconds(most, micros, *times) for most in (4, 8, 12))
+    # The last rank begins after three forwards and sends; nothing is faster than its own work behind them.
+    assert micros * 3 + 3.3 <= many <= double < single
+    assert double < once < pipeline_seconds("1f1b", ranks, micros, *times)
+    assert ahead_seconds(1, micros, *times) == pytest.approx(micros * (4 * 3 + 2 * 0.3 - 3 * 1.0), rel=0.01)
 
 
 def test_every_second_product_may_be_kept_of_a_block_that_is_computed_again() -> None:

@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from benchmarks.published.score import EIGHT
 from shardwise.cost.estimate import Estimate
-from shardwise.cost.pricer import Besides, Pricer
-from shardwise.cost.profile import PROFILES, Profile
+from shardwise.cost.pricer import Pricer
+from shardwise.cost.profile import PROFILES, Besides, Profile
 from shardwise.graph.blocks import blocks
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
@@ -242,7 +242,7 @@ def recompute_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> tuple[tu
     return (layer_patterns(graph), "products") if row["table"] == "torchtitan" else ((), "attention")
 
 
-SCHEDULES = {"1F1B": "1f1b", "1F1B-I": "interleaved", "ZB-1p": "zero-bubble"}
+SCHEDULES = {"1F1B": "1f1b", "1F1B-I": "interleaved", "ZB-1p": "zero-bubble", "ZB-2p": "zero-bubble"}
 """Schedules as tables name them, and as plans do."""
 
 
@@ -252,6 +252,12 @@ def shards_of(row: Mapping[str, str]) -> int:
     found = re.search(r"group=(\d+)", text)
     # Hybrid sharding is within a node.
     return int(found.group(1)) if found else int(number(row, "gpus_per_node", 8)) if "hsdp" in text else 0
+
+
+def ahead_of(row: Mapping[str, str]) -> int:
+    """How many times as many micro-batches as ranks a zero-bubble schedule holds, which its name says."""
+    found = re.search(r"schedule ZB-(\d)p", row.get("notes") or "")
+    return int(found.group(1)) if found else 1
 
 
 def plan_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> Plan:
@@ -363,7 +369,9 @@ def price(row: Mapping[str, str]) -> Estimate:
     plan = plan_of(row, shape, graph)
     micro = int(number(row, "micro_batch")) or 1
     batch = micro * plan.micro_batches * math.prod(a.size for a in plan.axes if a.dims == ("batch",))
-    besides = Besides(recompute_of(row, shape, graph)[1], shards_of(row), EIGHT.search(precision) is not None)
+    besides = Besides(
+        recompute_of(row, shape, graph)[1], shards_of(row), EIGHT.search(precision) is not None, ahead_of(row)
+    )
     pricer, cluster = pricer_of(shape, profile_of(row)), Cluster.load(cluster_of(row))
     found = pricer.price(plan, cluster, batch, besides=besides)
     if plan.zero == 3 and not found.fits and not (row.get("recompute") or row.get("status")):

@@ -14,9 +14,9 @@ import numpy as np
 
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.place import COPIES, DATA, SHARDS, Place
-from shardwise.cost.profile import Profile
+from shardwise.cost.profile import NOTHING, Besides, Profile
 from shardwise.cost.table import PLAIN, Array, Held, Stretches, Table
-from shardwise.cost.timeline import pipeline_seconds
+from shardwise.cost.timeline import ahead_seconds, pipeline_seconds
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
 
@@ -50,7 +50,7 @@ class Case:
         held: the same of those that have least room, where ranks have unequal shares of the batch.
         places: of each pipeline rank.
         copies: how many alike layers the model has.
-        shards: how many ranks share what ZeRO shards; 0 for all that split the batch.
+        besides: what the framework does that the plan does not say.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Case:
         held: Sequence[Table],
         places: Sequence[Place],
         copies: int,
-        shards: int = 0,
+        besides: Besides = NOTHING,
     ) -> None:
         self.plan, self.profile, self.tables, self.held, self.places = plan, profile, tables, held, places
         if profile.outside:
@@ -70,7 +70,7 @@ class Case:
         self.data = 1
         for axis in plan.axes:
             self.data *= axis.size if axis.dims == ("batch",) else 1
-        self.shards = shards or self.data
+        self.shards, self.ahead = besides.shards or self.data, besides.ahead
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class Case:
             return plan.micro_batches * each
         if each == 1:
             # The second half of a backward comes as late as the first rank's, and keeps what it needs.
-            return min(plan.micro_batches, ranks if plan.schedule == "zero-bubble" else ranks - rank)
+            return min(plan.micro_batches, ranks * self.ahead if plan.schedule == "zero-bubble" else ranks - rank)
         ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
         return min(plan.micro_batches * each, ahead)
 
@@ -254,7 +254,10 @@ class Case:
         forward, backward = [float(t.forward) for t in times], [float(t.backward) for t in times]
         carried = [self.tables[0].live[cut] for cut in cuts]
         sends = [float(self.sends(r, size)) for r, size in zip(owners, carried, strict=False)]
-        total = pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends)
+        if self.ahead > 1:
+            total = ahead_seconds(self.ahead * ranks, micros, forward, backward, sends)
+        else:
+            total = pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends)
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
         bubble = max(total - compute - waits - sum(sent.values()), 0.0) if stages > 1 else 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from shardwise.cost.case import Case
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.kernels import Kernels
 from shardwise.cost.place import Place, loads, places
-from shardwise.cost.profile import PROFILES, Profile
+from shardwise.cost.profile import NOTHING, PROFILES, Besides, Profile
 from shardwise.cost.table import Again, Rows, Table, Weights
 from shardwise.cost.work import Work
 from shardwise.errors import PlanError
@@ -32,22 +32,6 @@ from shardwise.plan.plan import PIPELINE, Plan
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Besides:
-    """What a framework may do that no plan says, because Shardwise does not do it.
-
-    Attributes:
-        selective: "attention": attention alone is computed again, besides the blocks that the plan names; "products":
-            of these blocks attention and every second product are kept.
-        shards: how many neighbours of the ranks that split the batch share what ZeRO shards; 0 for all.
-        fp8: whether products of repeated layers are computed in 8 bits.
-    """
-
-    selective: str = ""
-    shards: int = 0
-    fp8: bool = False
-
-
 class Pricer:
     """Prices plans of one graph.
 
@@ -61,7 +45,7 @@ class Pricer:
         self.profile = profile or PROFILES["shardwise"]
         self._made: dict[tuple[object, ...], Any] = {}
 
-    def price(self, plan: Plan, cluster: Cluster, batch: int, *, besides: Besides = Besides()) -> Estimate:
+    def price(self, plan: Plan, cluster: Cluster, batch: int, *, besides: Besides = NOTHING) -> Estimate:
         """What a plan costs on a cluster.
 
         Args:
@@ -76,7 +60,7 @@ class Pricer:
         cuts = [low for low, _ in stage_bounds(self.graph, plan)[1:]]
         return self.case(plan, cluster, batch, besides=besides).estimate(cuts)
 
-    def case(self, plan: Plan, cluster: Cluster, batch: int, *, besides: Besides = Besides()) -> Case:
+    def case(self, plan: Plan, cluster: Cluster, batch: int, *, besides: Besides = NOTHING) -> Case:
         """A plan on a cluster but for where its stages begin; arguments as for `price`.
 
         Raises:
@@ -110,7 +94,7 @@ class Pricer:
 
         made = {key: loaded(place) for key, place in {id(place): place for place in where}.items()}
         tables, held, there = zip(*(made[id(place)] for place in where), strict=True)
-        return Case(plan, self.profile, tables, held, there, self.copies, shards)
+        return Case(plan, self.profile, tables, held, there, self.copies, besides)
 
     @cached_property
     def copies(self) -> int:
@@ -155,7 +139,7 @@ class Pricer:
         samples: int,
         device: Device,
         recompute: Sequence[str],
-        besides: Besides = Besides(),
+        besides: Besides = NOTHING,
     ) -> Table:
         """What operators take under these axes for a micro-batch on a device."""
         p, split = self.profile, tuple(axes)

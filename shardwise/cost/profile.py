@@ -78,6 +78,26 @@ class Profile:
     outside: float = 0.0
 
 
+@dataclass(frozen=True)
+class Besides:
+    """What a framework may do that no plan says, because Shardwise does not do it.
+
+    Attributes:
+        selective: "attention": attention alone is computed again, besides the blocks that the plan names; "products":
+            of these blocks attention and every second product are kept.
+        shards: how many neighbours of the ranks that split the batch share what ZeRO shards; 0 for all.
+        fp8: whether products of repeated layers are computed in 8 bits.
+        ahead: how many times as many micro-batches as it has ranks a zero-bubble schedule may hold (Qi et al., 2024).
+    """
+
+    selective: str = ""
+    shards: int = 0
+    fp8: bool = False
+    ahead: int = 1
+
+
+NOTHING = Besides()
+
 PROFILES = {
     p.name: p
     for p in (
@@ -89,7 +109,7 @@ PROFILES = {
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,
-            send_gradient=4, state=12, reserve=0.06, fixed=1e9,
+            send_gradient=4, state=12, reserve=0.06, outside=1e9,
         ),
         Profile(
             "megatron-core", fused="all", prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4, state=12,
@@ -99,7 +119,7 @@ PROFILES = {
         Profile(
             "internevo", fused="modules", prepared=True, passes=4.0, call=8e-6, weight=2, gradient=4, accumulate=6,
             send_gradient=2, state=24, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, broadcasts=True,
-            reserve=0.06, fixed=1e9,
+            reserve=0.04, fixed=1e9,
         ),
         Profile(
             "deepspeed", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=6,
@@ -108,7 +128,7 @@ PROFILES = {
         Profile(
             "torchtitan", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,
             send_weight=2, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, balanced=True,
-            stops=True, reserve=0.08, fixed=1e9,
+            stops=True, reserve=0.07, fixed=1e9,
         ),
         Profile(
             "fsdp", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -70,6 +71,34 @@ def steady_seconds(
         way += both + (2 * sends[stage] if stage < stages - 1 else 0.0)
         pace = max(pace, both, way / (stages - stage))
     return fill + (micros - 1) * pace
+
+
+def ahead_seconds(
+    most: int, micros: int, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float]
+) -> float:
+    """The same with one stage on each rank, backward in two halves, and up to `most` micro-batches held.
+
+    A rank goes back as soon as it can, forward while it may hold more, and computes gradients of weights, the second
+    half, where there is nothing else to do (the heuristic of Qi et al., 2024).
+    """
+    stages = len(forward)
+    done: dict[Action, float] = {}
+    clock, counts = [0.0] * stages, [{"F": 0, "I": 0, "W": 0} for _ in forward]
+    for _ in range(3 * micros * stages):
+        best: tuple[float, int, int, Action] | None = None
+        for stage, count in enumerate(counts):
+            for rank, kind in enumerate("IFW"):
+                action = Action(stage, kind, count[kind])
+                if count[kind] == micros or (kind == "F" and count["F"] - count["W"] >= most):
+                    continue
+                ready = _ready(action, stages, done, sends)
+                if ready is not None:
+                    best = min(best or (math.inf, 0, 0, action), (max(clock[stage], ready), rank, stage, action))
+        assert best is not None
+        start, _, stage, action = best
+        clock[stage] = done[action] = start + _takes(action, forward, backward)
+        counts[stage][action.kind] += 1
+    return max(clock)
 
 
 @lru_cache(maxsize=256)

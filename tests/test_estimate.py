@@ -112,7 +112,9 @@ def test_a_plan_for_more_ranks_than_there_are_is_refused() -> None:
 
 
 # A trace of some models has masks that they leave out when they are run; of these it has none.
-@pytest.mark.parametrize("name", ["gpt2", "unet", "convnet_bn", *long("bert", "vit", "resnet", "qkv_attention")])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "unet", "convnet_bn", "lstm_tagger", *long("bert", "vit", "resnet", "qkv_attention")]
+)
 def test_activations_are_what_autograd_keeps(name: str) -> None:
     whole = ZOO[name]()
     module, batch = whole.build(), whole.batch(range(whole.global_batch))

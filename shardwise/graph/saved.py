@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
@@ -13,6 +16,10 @@ from shardwise.graph.blocks import key_of
 from shardwise.graph.dims import Size, product
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
+
+
+_MOST = 2**26
+"""Entries of a tensor beyond which an operator is not run for a look."""
 
 
 class Saved(NamedTuple):
@@ -30,8 +37,8 @@ class Saved(NamedTuple):
 def saved(graph: Graph) -> Mapping[Op, Saved]:
     """What every operator keeps for backward, in one forward pass.
 
-    Operators that are alike are looked at once. One that does not run under fake tensors is taken to keep all its
-    inputs and outputs.
+    Operators that are alike are looked at once. One that does not run under fake tensors is run on one sample and on
+    two; one that does not run at all is taken to keep all its inputs and outputs.
     """
     roots: dict[Value, Value] = {}
     seen: dict[Any, _Seen] = {}
@@ -60,38 +67,55 @@ class _Seen(NamedTuple):
 
 
 def _observe(graph: Graph, op: Op) -> _Seen:
-    try:
-        return _run(graph, op)
-    except Exception:  # whatever an operator raises under fake tensors: it only costs precision here
-        return _Seen(tuple(range(len(op.inputs) + len(op.outputs))), (), ())
-
-
-def _run(graph: Graph, op: Op) -> _Seen:
-    mode = detect_fake_mode([n.meta.get("val") for n in [op.node, *op.node.all_input_nodes]])
+    nodes = op.node.all_input_nodes
+    mode = detect_fake_mode([n.meta.get("val") for n in [op.node, *nodes]])
     if mode is None:
         return _Seen((), (), ())
+    # Whatever an operator raises only costs precision here.
+    with contextlib.suppress(Exception), mode:
+        return _run(graph, op, {n: n.meta["val"].detach() if graph.value(n) else n.meta["val"] for n in nodes})
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
+        one, two = (_run(graph, op, {n: _real(graph, n, samples) for n in nodes}) for samples in (1, 2))
+        each = sum(size.at(1) for size in two.others) - sum(size.at(1) for size in one.others)
+        once = sum(size.at(1) for size in one.others) - each
+        return _Seen(two.kept, (Size(max(each, 0), 1), Size(max(once, 0), 0)), two.views)
+    return _Seen(tuple(range(len(op.inputs) + len(op.outputs))), (), ())
+
+
+def _real(graph: Graph, node: fx.Node, samples: int) -> Any:
+    """A node's value for so many samples, on the CPU and full of zeros; a number stays one.
+
+    Raises:
+        ValueError: it is too large to be made for a look.
+    """
+    fake = node.meta["val"]
+    if not isinstance(fake, Tensor):
+        return fake if isinstance(fake, (int, float, bool)) else graph.size(fake).at(samples)
+    shape = [graph.size(s).at(samples) for s in fake.shape]
+    if math.prod(shape) > _MOST:
+        raise ValueError(f"{shape} has more than {_MOST} entries")
+    return torch.zeros(shape, dtype=fake.dtype)
+
+
+def _run(graph: Graph, op: Op, given: Mapping[fx.Node, Any]) -> _Seen:
+    """What an operator keeps when it is run on these."""
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    with mode:
-        given: dict[fx.Node, Any] = {}
-        for node in op.node.all_input_nodes:
-            value, fake = graph.value(node), node.meta["val"]
-            if value is not None and isinstance(fake, Tensor):
-                given[node] = fake.detach().requires_grad_(value in graph.needs_grad)
-            else:
-                given[node] = fake
-        args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda n: given[n])
-        assert callable(op.node.target)
-        with saved_tensors_hooks(pack, lambda t: t):
-            made = op.node.target(*args, **kwargs)
+    for node, tensor in given.items():
+        if isinstance(tensor, Tensor) and graph.value(node) in graph.needs_grad:
+            tensor.requires_grad_()
+    args, kwargs = fx.map_arg((op.node.args, op.node.kwargs), lambda n: given[n])
+    assert callable(op.node.target)
+    with saved_tensors_hooks(pack, lambda t: t):
+        made = op.node.target(*args, **kwargs)
     inputs: dict[int, int] = {}
     for node, tensor in given.items():
         value = graph.value(node)
-        if value is not None and value in op.inputs:
+        if isinstance(tensor, Tensor) and value is not None and value in op.inputs:
             inputs.setdefault(_storage(tensor), op.inputs.index(value))
     outputs = [made] if isinstance(made, Tensor) else list(made) if isinstance(made, (list, tuple)) else []
     owners, views = dict(inputs), []

@@ -17,7 +17,6 @@ from shardwise.graph.dims import Size, product
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 
-
 _MOST = 2**26
 """Entries of a tensor beyond which an operator is not run for a look."""
 

@@ -202,8 +202,14 @@ class Case:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def memory(self, s: Held, flight: float) -> dict[str, Array]:
-        """Bytes of stretches as a rank's stages, by item, with so many micro-batches in flight."""
+    def memory(self, s: Held, flight: float, half: float = 0.0) -> dict[str, Array]:
+        """Bytes of stretches as a rank's stages, by item.
+
+        Args:
+            s: the stretches.
+            flight: micro-batches in flight.
+            half: of these those that are half through backward.
+        """
         p, plan = self.profile, self.plan
         several = plan.micro_batches > 1
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
@@ -213,7 +219,7 @@ class Case:
             "gradients": s.weights * (p.gradient / self._shards(3 if several else 2) + p.beside * several),
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
-            "activations": s.kept * flight + s.inside + s.largest,
+            "activations": s.kept * (flight - half) + s.halved * half + s.inside + s.largest,
             "buffers": p.fixed + gathered,
         }
         return {**found, "reserve": self.reserve * sum(found.values())}  # type: ignore[dict-item]
@@ -232,11 +238,17 @@ class Case:
         each = stages // ranks
         if plan.schedule == "gpipe":
             return plan.micro_batches * each
-        if each == 1:
+        if plan.schedule == "zero-bubble":
             # The second half of a backward comes as late as the first rank's, and keeps what it needs.
-            return min(plan.micro_batches, ranks * self.ahead if plan.schedule == "zero-bubble" else ranks - rank)
+            return min(plan.micro_batches, ranks * self.ahead) * each
+        if each == 1:
+            return min(plan.micro_batches, ranks - rank)
         ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
         return min(plan.micro_batches * each, ahead)
+
+    def half_done(self, rank: int) -> int:
+        """Of the micro-batches in flight on a pipeline rank those that are half through backward."""
+        return min(self.plan.micro_batches, rank + 1) if self.plan.schedule == "zero-bubble" else 0
 
     # -- all of it ---------------------------------------------------------------------------------------------------
 
@@ -277,8 +289,9 @@ class Case:
         seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
         memory = []
         for rank, s in enumerate(most):
-            flight = self.in_flight(rank, stages) / (stages // ranks)
-            memory.append({item: float(size) for item, size in self.memory(s, flight).items()})
+            each = stages // ranks
+            found = self.memory(s, self.in_flight(rank, stages) / each, self.half_done(rank) / each)
+            memory.append({item: float(size) for item, size in found.items()})
         limits = tuple(place.memory for place in self.places)
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits)
 

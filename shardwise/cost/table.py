@@ -32,6 +32,7 @@ class Held:
 
     Attributes:
         kept: bytes kept for backward.
+        halved: bytes kept from the first half of a backward to the second, which gives the gradients of parameters.
         inside: bytes that the largest recomputed block keeps while it is computed again.
         largest: bytes of the largest gradient, and of the tensor that it is of.
         weights: entries of parameters.
@@ -40,6 +41,7 @@ class Held:
     """
 
     kept: Array
+    halved: Array
     inside: Array
     largest: Array
     weights: Array
@@ -89,7 +91,8 @@ class Stretches(Held):
 
 
 PLAIN = (
-    "forward", "backward", "again", "calls", "calls_back", "kept", "inside", "largest", "weights", "weight_bytes",
+    "forward", "backward", "again", "calls", "calls_back", "kept", "halved", "inside", "largest", "weights",
+    "weight_bytes",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
 
@@ -142,6 +145,8 @@ class Rows:
     def __init__(self, folded: Folded, work: Work, samples: int, kernels: Kernels) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
+        self.halved = self.kept * self.each([work.has_weights(op) for op in work.graph.ops])
+        self.halved += self.each([work.has_weights(op) * work.made(op, samples) for op in work.graph.ops])
         self.largest = self.each([2 * work.made(op, samples) for op in work.graph.ops])
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         change = np.zeros(len(folded.whole.ops) + 2)
@@ -259,6 +264,7 @@ class Table:
         for op, number in again.entering:
             kept[op] += rows.bytes[number]
         self._kept = _running(kept)
+        self._halved = _running(rows.halved)
 
     def _spared(self) -> npt.NDArray[np.bool_]:
         """Of each block its attention, its first product, its third and so on."""
@@ -320,6 +326,7 @@ class Table:
         entries, sizes, summed = self.weights.between(at)
         return Held(
             kept=_differences(self._kept[at]),
+            halved=_differences(self._halved[at]),
             inside=self._most_inside(at),
             largest=_most(np.array([self.rows.largest[a:b].max(initial=0.0) for a, b in pairwise(at)])),
             weights=entries,

@@ -235,6 +235,10 @@ class Work:
         count = max(entries / (rows * columns), 1.0)
         return Product(count, rows, columns, flops / max(2 * entries, 1))
 
+    def has_weights(self, op: Op) -> bool:
+        """Whether parameters meet what is received in an operator, so that its backward can come in two halves."""
+        return op not in self._biases and {v in self._params for v in op.inputs} == {True, False}
+
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def _messages(self, op: Op, samples: int) -> tuple[tuple[Message, ...], tuple[Message, ...]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.parallel.program import Program, attribute_name
@@ -83,18 +84,20 @@ class _Deferred(torch.autograd.Function):
         with torch.enable_grad():
             ctx.received = [x.detach().requires_grad_() for x in received]
             ctx.own = [w.detach().requires_grad_() for w in learned]
-            ctx.outs = run(ctx.received, ctx.own)
+            outs = run(ctx.received, ctx.own)
+        # Not the outputs themselves, which whoever reads them may free before the second half.
+        ctx.edges = [get_gradient_edge(out) if _differentiable(out) else None for out in outs]
         ctx.whole, ctx.tape, ctx.learned = whole, tape, learned
         ctx.set_materialize_grads(False)
-        found = tuple(out.detach() if isinstance(out, Tensor) else out for out in ctx.outs)
-        constant = (out for out, source in zip(found, ctx.outs, strict=True) if not _differentiable(source))
+        found = tuple(out.detach() if isinstance(out, Tensor) else out for out in outs)
+        constant = (out for out, edge in zip(found, ctx.edges, strict=True) if edge is None)
         ctx.mark_non_differentiable(*(out for out in constant if isinstance(out, Tensor)))
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        pairs = [(o, g) for o, g in zip(ctx.outs, grads, strict=True) if g is not None and _differentiable(o)]
-        outs, given = [o for o, _ in pairs], [g for _, g in pairs]
+        pairs = [(e, g) for e, g in zip(ctx.edges, grads, strict=True) if g is not None and e is not None]
+        outs, given = [e for e, _ in pairs], [g for _, g in pairs]
         received, own = ctx.received, ctx.own
         if not outs:
             return None, None, None, None, *(None for _ in received)

@@ -105,14 +105,15 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     bytes_of = {}
     for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
-        alone = sum(case.memory(held, 0.0).values())
-        # Memory grows with each micro-batch in flight by as much.
-        bytes_of[id(table)] = alone, sum(case.memory(held, 1.0).values()) - alone
+        alone, one, half = (sum(case.memory(held, *counts).values()) for counts in ((0.0,), (1.0,), (1.0, 1.0)))
+        # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
+        bytes_of[id(table)] = alone, one - alone, half - one
     fixed = case.profile.fixed * (1 + case.reserve)
     used, fits = [], []
     for stage in range(ranks * chunks):
-        alone, each = bytes_of[id(case.held[stage % ranks])]
-        used.append(alone + case.in_flight(stage % ranks, ranks * chunks) / chunks * each)
+        rank = stage % ranks
+        alone, each, more = bytes_of[id(case.held[rank])]
+        used.append(alone + (case.in_flight(rank, ranks * chunks) * each + case.half_done(rank) * more) / chunks)
         room = np.inf if limit == np.inf else min(case.places[stage % ranks].memory, limit or np.inf)
         # Each of several stages on a rank may use its share.
         fits.append(upper & (used[-1] <= (room - fixed) / chunks + fixed))

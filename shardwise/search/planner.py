@@ -210,18 +210,24 @@ class Planner:
 
         Each rank has some of the weights and of what is kept for backward, the latter once for each micro-batch
         in flight. With weights y of ranks that add up to 1 the fullest needs the mean by y or more: a share of the
-        model's weights counts with the least y, and a share of what is kept with the least y × flight.
+        model's weights counts with the least y, and a share of what is kept with the least y × flight. What is kept
+        for all of backward and what for its second half alone are two bounds.
         """
         held = [case.held[rank].whole_held for rank in ranks]
-        items = [(case.memory(s, 0.0), case.memory(s, 1.0)) for s in held]
         if shape.pipeline == 1:
-            return float(sum(items[0][1].values()))
-        static = min(sum(float(a[key]) for key in ("parameters", "gradients", "optimizer")) for a, _ in items)
-        kept = min(float(b["activations"] - a["activations"]) for a, b in items)
+            return float(sum(case.memory(held[0], 1.0).values()))
+        items = [case.memory(s, 0.0) for s in held]
+        static = min(sum(float(item[key]) for key in ("parameters", "gradients", "optimizer")) for item in items)
         stages = shape.pipeline * shape.chunks
         flight = np.array([case.in_flight(rank, stages) for rank in range(shape.pipeline)]) / shape.chunks
-        least = 1 / np.maximum(1.0, flight[:, None] / flight[None, :]).sum(axis=1)
-        return float(((static + kept * flight) * least).max()) * (1 + case.reserve)
+        half = np.array([case.half_done(rank) for rank in range(shape.pipeline)]) / shape.chunks
+        kept, halved = (min(float(getattr(s, name)) for s in held) for name in ("kept", "halved"))
+        bounds = [static / shape.pipeline]
+        for each, count in ((kept, flight - half), (halved, half)):
+            count = np.maximum(count, _SHARE)  # there is none where backward is in one piece
+            least = 1 / np.maximum(1.0, count[:, None] / count[None, :]).sum(axis=1)
+            bounds.append(float(((static + each * count) * least).max()))
+        return max(bounds) * (1 + case.reserve)
 
     def _settled(self, found: Found, bound: float) -> bool:
         """Whether the best plan beats this bound; a best one whose program cannot be made is dropped."""

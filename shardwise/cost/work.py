@@ -250,10 +250,12 @@ class Work:
                 if axis.size == 1 or made[a] == need[a] or a in late:
                     continue
                 size = self.local_bytes(value, samples, (*made[:a], WHOLE, *made[a + 1 :]))
+                # Each rank sends its part to all others, or takes a part in what makes the whole.
+                part = {"all_to_all": size / axis.size}
                 there, back = exchanged(made[a], need[a])
-                forward += [Message(axis.name, kind, size) for kind in there]
+                forward += [Message(axis.name, kind, part.get(kind, size)) for kind in there]
                 if value in self.graph.needs_grad:
-                    backward += [Message(axis.name, kind, size) for kind in back]
+                    backward += [Message(axis.name, kind, part.get(kind, size)) for kind in back]
         for axis, choice in zip(self.axes, self.layout.choices[op], strict=True):
             if axis.size > 1 and choice.letter is not None and choice.letter.special == "classes":
                 # The largest score of each sample's classes; then their sum, and the score of its label.

@@ -35,8 +35,7 @@ from tests.zoo import ZOO
 
 def perceptron(widths: Sequence[int], batch: int) -> Job:
     def model() -> nn.Module:
-        layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-        return nn.Sequential(*layers[:-1])
+        return nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(widths)))
 
     return Job(
         model=model,
@@ -92,7 +91,7 @@ def everything(planner: Planner) -> float | None:
     best = None
     for shape in planner.space.shapes():
         case = planner._case(shape)
-        bound, _ = planner.bound(shape)
+        bound = planner.bound(shape)
         places = cut_places(case.tables[0])
         for cuts in itertools.combinations(places, shape.pipeline * shape.chunks - 1):
             priced = Priced(shape.plan([planner.ids[i] for i in cuts]), case.estimate(cuts))
@@ -106,7 +105,7 @@ def everything(planner: Planner) -> float | None:
 Widths = tuple[int, ...]
 Wanted = tuple[str, float | None, dict[str, int]]
 LAYERS = st.lists(st.sampled_from([64, 256, 2048]), min_size=3, max_size=3).map(tuple)
-WIDTHS = LAYERS | st.sampled_from([(64,), (2048,)])
+WIDTHS = LAYERS | st.sampled_from([(64,), (2048,), (256, 256, 256), (2048, 2048, 2048)])
 CLUSTERS = st.sampled_from(["2xh100-sxm", "2x1xh100-sxm", "4x1xa100-80gb+ethernet-1", "2x2xh100-sxm", "4xcpu-core"])
 SPLITS = st.sampled_from([{}, {"data": 1}, {"data": 1, "tensor": 1}, {"pipeline": 1}])
 OPTIONS = st.tuples(st.sampled_from(["time", "time", "memory"]), st.sampled_from([None, 0.9, 0.6]), SPLITS)
@@ -150,6 +149,20 @@ def test_what_axes_there_are_is_found_by_what_can_be_cut() -> None:
     made = planner((2048,), 4, cluster, Options(fixed={"context": 2, "expert": 4}))
     best = made.search().best
     assert best is not None and [(axis.name, axis.size) for axis in best.plan.axes] == [("expert", 4), ("context", 2)]
+
+
+def test_no_more_is_computed_again_than_memory_asks_for() -> None:
+    widths, batch, cluster = (2048,) * 9, 65536, Cluster.load("1xh100-sxm")
+    whole = Pricer(graph_of(widths)).price(Plan(), cluster, batch).peak
+    found = []
+    for share in (1.0, 0.9, 0.8, 0.7, 0.6):
+        made = planner(widths, batch, cluster, Options(memory=share * whole))
+        made.space = replace(made.space, splits_time=False)  # micro-batches would save more
+        found.append(made.search().best)
+    plans = [best.plan.recompute for best in found if best is not None]
+    assert [len(blocks) for blocks in plans[:3]] == [0, 4, 6] and plans[3:] == [("*",)], "and 0.6 is too little"
+    steps = [best.estimate.step for best in found if best is not None]
+    assert steps == sorted(steps)
 
 
 def test_an_interrupt_gives_the_best_so_far_and_its_gap() -> None:

@@ -20,7 +20,7 @@ from shardwise.cost.kernels import Kernels
 from shardwise.cost.work import ATTENTION, PRODUCT, Message, Task, Work
 from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
-from shardwise.parallel.recompute import block_of
+from shardwise.parallel.recompute import blocks_by
 
 Array = npt.NDArray[np.float64]
 Bounds = npt.NDArray[np.int_]
@@ -226,7 +226,8 @@ class Again:
 
     def __init__(self, folded: Folded, patterns: Sequence[str]) -> None:
         graph = folded.whole
-        of = {module: block_of(module, patterns) for module in {op.module for op in graph.ops}} if patterns else {}
+        block_of = blocks_by(patterns)
+        of = {module: block_of(module) for module in {op.module for op in graph.ops}} if patterns else {}
         self.blocks = [of[op.module] if of else "" for op in graph.ops]
         self.inside = np.array([bool(b) for b in self.blocks])
         self.entering: list[tuple[int, int]] = []

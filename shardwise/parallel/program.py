@@ -16,7 +16,7 @@ from shardwise.parallel.fuse import fuse_bias
 from shardwise.parallel.layout import PARTIAL, WHOLE, Layout, States
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.operators import Call
-from shardwise.parallel.recompute import block_of
+from shardwise.parallel.recompute import blocks_by
 from shardwise.parallel.reuse import reuse
 from shardwise.parallel.writer import Writer
 
@@ -81,7 +81,8 @@ class Emitter:
         self.params: list[str] = []
         self.buffers: list[str] = []
         self._sources = {v: n for n, values in self.graph.values.items() for v in values}
-        self._blocks: dict[Op, str] = {op: block_of(op.module, self.recompute) for op in self.graph.ops}
+        block_of = blocks_by(self.recompute)
+        self._blocks: dict[Op, str] = {op: block_of(op.module) for op in self.graph.ops}
         self._readers: dict[Value, set[str]] = {}
 
     # -- whole program -----------------------------------------------------------------------------------------------

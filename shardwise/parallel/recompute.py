@@ -26,11 +26,22 @@ _KEEPS_NOTHING: set[Any] = _NO_LARGER | {c.gather, aten.add.Tensor, aten.view.de
 _LISTED = 8
 
 
+def blocks_by(patterns: Sequence[str]) -> Callable[[str], str]:
+    """What gives the block that a module belongs to: the outermost on its path that a pattern names; empty for none."""
+    names = frozenset(patterns)
+    wild = [p for p in patterns if any(c in p for c in "*?[")]
+
+    def block(module: str) -> str:
+        parts = module.split(".")
+        paths = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        return next((p for p in paths if p and (p in names or any(fnmatchcase(p, w) for w in wild))), "")
+
+    return block
+
+
 def block_of(module: str, patterns: Sequence[str]) -> str:
-    """The block that a module belongs to: the outermost module on its path that a pattern names; empty for none."""
-    parts = module.split(".")
-    paths = (".".join(parts[: n + 1]) for n in range(len(parts)))
-    return next((path for path in paths if path and any(fnmatchcase(path, p) for p in patterns)), "")
+    """The block that a module belongs to, as `blocks_by` says."""
+    return blocks_by(patterns)(module)
 
 
 def check_blocks(graph: Graph, patterns: Sequence[str]) -> None:
@@ -39,9 +50,9 @@ def check_blocks(graph: Graph, patterns: Sequence[str]) -> None:
     Raises:
         PlanError: one does not.
     """
-    modules = {op.module for op in graph.ops}
+    modules = {op.module for op in graph.ops} if patterns else set()
     for pattern in patterns:
-        if not any(block_of(module, [pattern]) for module in modules):
+        if not any(map(blocks_by([pattern]), modules)):
             paths = {".".join(m.split(".")[: n + 1]) for m in modules if m for n in range(m.count(".") + 1)}
             # A block that is there several times is what one would name.
             listed = sorted(paths, key=lambda p: (not p.rpartition(".")[2].isdigit(), p.count("."), p))[:_LISTED]

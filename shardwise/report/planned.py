@@ -96,7 +96,7 @@ def facts(e: Explanation) -> list[tuple[str, str]]:
     lines.append(("limited by", f"{e.binding}{part}"))
     gap = percent(found.gap)
     if found.complete:
-        large = f"{found.shapes:,} shapes, {found.small:,} of them too large"
+        large = f"{found.shapes:,} shapes, {found.small:,} of them known to be too large"
         lines.append(("searched", f"{large}; no plan of them is faster by more than {gap}"))
     else:
         lines.append(("interrupted", f"the best so far; of {found.shapes:,} shapes none is faster by more than {gap}"))
@@ -180,7 +180,8 @@ def title(priced: Priced) -> str:
         each = plan.stages // plan.pipeline
         words.append(plan.schedule + (f" of {each} stages a rank" if each > 1 else ""))
     if plan.recompute:
-        words.append("recompute")
+        named = not any("*" in pattern for pattern in plan.recompute)
+        words.append(f"recompute of {len(plan.recompute)}" if named else "recompute")
     if any(dim.startswith("sequence") for axis in plan.axes if axis.name == "tensor" for dim in axis.dims):
         words.append("sequence")
     return ", ".join(words)

@@ -18,7 +18,7 @@ from shardwise.search.candidate import Candidate, NotApplicable
 from shardwise.search.cuts import cut_places
 from shardwise.search.dims import SEQUENCE
 from shardwise.search.planner import Found, Planner
-from shardwise.search.space import SPLIT, Options, Space, divisors, layer_patterns
+from shardwise.search.space import SPLIT, Options, Space, divisors, recomputed
 from shardwise.search.strategies import STRATEGIES, Maker, maker_of
 from shardwise.search.uncaptured import ModuleMaker
 
@@ -71,7 +71,7 @@ def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> 
     folded, job = maker.pricer.folded, maker.job
     sizes = [n for n in divisors(ranks) if 1 < n <= _MOST_SPLIT]
     dims = {name: {n: _choices(maker, name, n) for n in sizes if options.fixed.get(name) != 1} for name in SPLIT}
-    patterns = layer_patterns(maker.graph) if options.recompute else ()
+    again = recomputed(maker.graph) if options.recompute else [()]
     table = maker.pricer.table((), 1, cluster.nodes[0].device, ())
     space = Space(
         ranks=ranks,
@@ -80,7 +80,7 @@ def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> 
         most_stages=len(cut_places(table)) + 1,
         splits_batch=maker.graph.batch_dim is not None and maker.graph.captured.fixed_batch is None,
         splits_time=_splits_time(folded),
-        recompute=((), patterns) if patterns else ((),),
+        recompute=again if options.objective != "memory" else list(dict.fromkeys((again[0], again[-1]))),
         options=options,
         speeds=_speeds(maker, cluster, ranks),
     )

@@ -6,10 +6,13 @@ the order of their bounds, until no bound that is left beats the best price.
 
 from __future__ import annotations
 
+import heapq
 import math
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,7 +54,7 @@ class Found:
         tight: the plan that came nearest to fitting, where none fits.
         bound: no plan of the space is better.
         shapes: how many shapes the space has.
-        small: how many of them have too little memory however they are cut.
+        small: how many of them are known to have too little memory however they are cut.
         complete: whether the search came to its end.
     """
 
@@ -83,6 +86,22 @@ class Found:
         """The part by which the best plan may be worse than the best there is."""
         best = self.best
         return math.inf if best is None else max(0.0, 1 - self.bound / best.value(self.objective))
+
+
+class _Next(NamedTuple):
+    """The shape of a family that is to be looked at next: its bound, the family's number, and its place there.
+
+    A place of -1 is that of the first shape that may fit, which is not found yet; the bound is that of all of them.
+    """
+
+    bound: float
+    number: int
+    place: int
+    family: list[Shape]
+
+    @property
+    def shape(self) -> Shape:
+        return self.family[self.place]
 
 
 class Planner:
@@ -120,34 +139,60 @@ class Planner:
         """
         objective = self.space.options.objective
         found = Found(objective)
-        queue: list[tuple[float, int, Shape, float]] = []
-        place = 0
+        queue: list[_Next] = []
+        small: list[Shape] = []
         try:
-            for shape in self.space.shapes():
-                found.shapes += 1
-                bound, least = self.bound(shape)
-                if math.isinf(bound):
-                    found.small += 1
-                queue.append((bound, found.shapes, shape, least))
-            queue.sort()
-            found.bound = queue[0][0] if queue else math.inf
-            for place, (bound, _, shape, _) in enumerate(queue):
-                found.bound = bound if found.best is None else min(bound, found.best.value(objective))
-                if math.isinf(bound) or self._settled(found, bound):
+            for number, family in enumerate(self.space.families()):
+                found.shapes += len(family)
+                place = self._first(family)
+                found.small += abs(place)
+                if place < len(family):
+                    queue.append(_Next(self._least(family[max(place, 0)]), number, place, family))
+                else:
+                    small.append(family[-1])
+            heapq.heapify(queue)
+            while queue:
+                each = queue[0]
+                found.bound = each.bound if found.best is None else min(each.bound, found.best.value(objective))
+                if self._settled(found, each.bound):
                     break
                 if tell is not None:
-                    tell(found, len(queue) - place)
-                self._price(shape, found)
+                    tell(found, len(queue))
+                if each.place >= 0:
+                    if not self._price(each.shape, found):
+                        small.append(each.shape)
+                    self._replace(queue, each.place + 1)
+                else:
+                    place = 1 + bisect_left(each.family[1:], True, key=self._may_fit)
+                    found.small += place - 1
+                    small.append(each.family[place - 1])
+                    self._replace(queue, place)
             else:
                 self._settled(found, math.inf)
                 found.bound = found.best.value(objective) if found.best else math.inf
             if found.best is None:
-                self._nearest([(least, shape) for _, _, shape, least in queue], found)
+                self._nearest(small, found)
             found.complete = True
-            self._others([shape for bound, _, shape, _ in queue[place:] if math.isfinite(bound)], found)
+            self._others([each.shape for each in sorted(queue) if each.place >= 0], found)
         except KeyboardInterrupt:
             pass
         return found
+
+    def _first(self, family: list[Shape]) -> int:
+        """The place of the first shape of a family that may fit; -1 where it is not the first of all, as many as there
+        are where none does.
+
+        The more blocks are computed again the less memory a shape needs, once there are any.
+        """
+        if self._may_fit(family[0]):
+            return 0
+        return -1 if len(family) > 1 and self._may_fit(family[-1]) else len(family)
+
+    def _replace(self, queue: list[_Next], place: int) -> None:
+        """Put another shape of its family in place of the first in the queue, if there is one at this place."""
+        _, number, _, family = heapq.heappop(queue)
+        if place < len(family):
+            heapq.heappush(queue, _Next(self._least(family[place]), number, place, family))
 
     def price(self, shape: Shape) -> Priced | None:
         """A shape with its best cuts; None where it has too few places for them or too little memory."""
@@ -167,18 +212,19 @@ class Planner:
         limit = self.space.options.memory
         return max(priced.estimate.over, priced.estimate.peak - limit if limit is not None else -math.inf)
 
-    def bound(self, shape: Shape) -> tuple[float, float]:
-        """What no cuts of a shape can beat, infinite where none fit; and bytes that some rank needs at least."""
+    def bound(self, shape: Shape) -> float:
+        """What no cuts of a shape can beat; infinite where none fit."""
+        return self._least(shape) if self._may_fit(shape) else math.inf
+
+    def _least(self, shape: Shape) -> float:
+        """What no cuts of a shape can beat, whether they fit or not."""
         case = self._case(shape)
         ranks, micros, objective = shape.pipeline, shape.micros, self.space.options.objective
-        kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
-        least = self._least_memory(case, shape, kinds.values())
-        if least > self._room(case):
-            return math.inf, least
+        kinds = _kinds(case)
         if objective == "memory":
-            return least, least
+            return self._least_memory(case, shape)
         if ranks == 1:
-            return Priced(shape.plan(**self._more), case.estimate([])).value(objective), least
+            return Priced(shape.plan(**self._more), case.estimate([])).value(objective)
         counts = Counter((id(t), id(p)) for t, p in zip(case.tables, case.places, strict=True))
         speed, through, rest = 0.0, math.inf, math.inf
         for kind, rank in kinds.items():
@@ -195,17 +241,23 @@ class Planner:
             shown, _, others = case.reduction(rank, share, behind)
             more = max(float(shown), *(float(o) for o in others.values()), 0.0)
             rest = min(rest, more + float(case.update(rank, share)))
-        filling = {"zero-bubble": 0.0, "interleaved": (ranks - 1) * pace / shape.chunks}.get(
-            shape.schedule, through - pace
-        )
+        # Before a rank's first micro-batch and after its last are the way there and back: where ranks are alike, stages
+        # that get shorter by 1 − 1/micros each have all ranks done at once, which is the best there is.
+        shrinking = through / (1 - (1 - 1 / micros) ** ranks) - micros * pace if len(kinds) == 1 else 0.0
+        filling = {"zero-bubble": 0.0, "interleaved": (ranks - 1) * pace / shape.chunks}.get(shape.schedule, shrinking)
         step = micros * pace + max(filling, 0.0) + rest
-        return step * (case.plan.ranks if objective == "cost" else 1), least
+        return step * (case.plan.ranks if objective == "cost" else 1)
+
+    def _may_fit(self, shape: Shape) -> bool:
+        """Whether the bound of a shape's memory leaves room for it."""
+        case = self._case(shape)
+        return self._least_memory(case, shape) <= self._room(case)
 
     def _room(self, case: Case) -> float:
         """Bytes that the largest device gives."""
         return min(max(p.memory for p in case.places), self.space.options.memory or math.inf)
 
-    def _least_memory(self, case: Case, shape: Shape, ranks: Iterable[int]) -> float:
+    def _least_memory(self, case: Case, shape: Shape) -> float:
         """Bytes that some rank needs however a shape is cut.
 
         Each rank has some of the weights and of what is kept for backward, the latter once for each micro-batch
@@ -213,7 +265,7 @@ class Planner:
         model's weights counts with the least y, and a share of what is kept with the least y × flight. What is kept
         for all of backward and what for its second half alone are two bounds.
         """
-        held = [case.held[rank].whole_held for rank in ranks]
+        held = [case.held[rank].whole_held for rank in _kinds(case).values()]
         if shape.pipeline == 1:
             return float(sum(case.memory(held[0], 1.0).values()))
         items = [case.memory(s, 0.0) for s in held]
@@ -240,13 +292,15 @@ class Planner:
     def _case(self, shape: Shape) -> Case:
         return self.pricer.case(shape.plan(**self._more), self.cluster, self.space.batch)
 
-    def _price(self, shape: Shape, found: Found) -> None:
+    def _price(self, shape: Shape, found: Found) -> bool:
+        """Add a shape's best plan to what is found; False where none fits."""
         priced = self.price(shape)
         if priced is None or not self.fits(priced):
             found.small += 1
-            return
+            return False
         found.priced.append(priced)
         found.priced.sort(key=lambda p: (p.value(found.objective), p.estimate.step))
+        return True
 
     def _others(self, shapes: Sequence[Shape], found: Found) -> None:
         """Price some shapes more, so that there is something to compare the best plan with."""
@@ -255,10 +309,10 @@ class Planner:
                 return
             self._price(shape, found)
 
-    def _nearest(self, shapes: Sequence[tuple[float, Shape]], found: Found) -> None:
-        """Of shapes that do not fit, with the bytes that they need at least, the one that comes nearest."""
-        for least, shape in sorted(shapes, key=lambda each: each[0]):
-            case = self._case(shape)
+    def _nearest(self, shapes: Sequence[Shape], found: Found) -> None:
+        """Of shapes that do not fit the one that comes nearest."""
+        cases = [(self._least_memory(case, shape), shape, case) for shape in shapes for case in [self._case(shape)]]
+        for least, shape, case in sorted(cases, key=lambda each: each[0]):
             if found.tight is not None and least - self._room(case) >= self.missing(found.tight):
                 return
             places = cut_places(case.tables[0])
@@ -269,3 +323,8 @@ class Planner:
             priced = Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))
             if found.tight is None or self.missing(priced) < self.missing(found.tight):
                 found.tight = priced
+
+
+def _kinds(case: Case) -> dict[tuple[int, int], int]:
+    """One pipeline rank of each kind of table and place."""
+    return {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}

@@ -93,7 +93,7 @@ class Space:
         most_stages: at most so many stages.
         splits_batch: whether samples can be spread over ranks.
         splits_time: whether a batch can be cut into micro-batches.
-        recompute: choices of the blocks that are computed again.
+        recompute: choices of the blocks that are computed again, of none first and of the most last.
         options: what to look for.
         speeds: of each rank, where devices are not alike.
     """
@@ -110,18 +110,30 @@ class Space:
 
     def shapes(self) -> Iterator[Shape]:
         """Every shape."""
+        for family in self.families():
+            yield from family
+
+    def families(self) -> Iterator[list[Shape]]:
+        """Every shape, those together that differ in recompute alone: each takes longer than the one before it.
+
+        Where memory counts a family has one shape, so that all of them are looked at.
+        """
         for sizes in self.meshes():
             pipeline, several = sizes["pipeline"], sizes["data"] > 1
             for micros in self.micro_batches(sizes):
                 for axes in self.axes(sizes, micros):
                     for schedule, chunks in self.schedules(pipeline, micros):
                         for zero in self.options.zero if several else (0,):
-                            for recompute in self.recompute:
-                                if schedule == "zero-bubble" and (zero == 3 or recompute):
-                                    continue
-                                if zero == 2 and micros > 1:  # whole gradients are accumulated, as under ZeRO-1
-                                    continue
-                                yield Shape(axes, micros, schedule, chunks, zero, recompute)
+                            if schedule == "zero-bubble" and zero == 3:
+                                continue
+                            if zero == 2 and micros > 1:  # whole gradients are accumulated, as under ZeRO-1
+                                continue
+                            again = self.recompute[:1] if schedule == "zero-bubble" else self.recompute
+                            family = [Shape(axes, micros, schedule, chunks, zero, blocks) for blocks in again]
+                            if self.options.objective == "memory":
+                                yield from ([shape] for shape in family)
+                            else:
+                                yield family
 
     def meshes(self) -> Iterator[dict[str, int]]:
         """Sizes of the axes whose product is the number of ranks."""
@@ -206,6 +218,10 @@ _MOST_HALVES = 512
 """Micro-batches times ranks beyond which backward in two halves is not tried: filling takes a small part of a step."""
 
 
+_PARTS = 8
+"""Into so many parts the layers are divided, of which some are computed again."""
+
+
 def divisors(number: int) -> list[int]:
     """The divisors of a number, the smallest first."""
     return [n for n in range(1, number + 1) if number % n == 0]
@@ -213,10 +229,32 @@ def divisors(number: int) -> list[int]:
 
 def layer_patterns(graph: Graph) -> tuple[str, ...]:
     """Patterns for the modules that are held in lists, the outermost, such as `model.layers.*`; none without lists."""
-    found: dict[str, set[str]] = {}
+    return tuple(_layers(graph))
+
+
+def recomputed(graph: Graph) -> list[tuple[str, ...]]:
+    """Choices of the blocks that are computed again: none, an eighth of the layers, two eighths, and so on, and all.
+
+    Layers are the modules that are held in lists. Those of a part are spread evenly over the model, so that every
+    stretch of it has as large a part of them. Where they are not alike, there are no parts.
+    """
+    lists = _layers(graph)
+    layers = {name: made for held in lists.values() for name, made in held.items()}
+    count, alike = len(layers), len({tuple(made) for made in layers.values()}) == 1
+    parts = sorted({round(count * k / _PARTS) for k in range(1, _PARTS)} - {0, count}) if alike else []
+    spread = [
+        tuple(name for i, name in enumerate(layers) if (i + 1) * part // count > i * part // count) for part in parts
+    ]
+    return [(), *spread, tuple(lists)] if lists else [()]
+
+
+def _layers(graph: Graph) -> dict[str, dict[str, list[object]]]:
+    """What the operators of the modules make that each list of several holds, by the list's pattern and their names."""
+    found: dict[str, dict[str, list[object]]] = {}
     for op in graph.ops:
         parts = op.module.split(".")
         at = next((k for k, part in enumerate(parts) if part.isdigit()), None)
         if at is not None:
-            found.setdefault(".".join([*parts[:at], "*"]), set()).add(parts[at])
-    return tuple(pattern for pattern, members in found.items() if len(members) > 1)
+            names = found.setdefault(".".join([*parts[:at], "*"]), {})
+            names.setdefault(".".join(parts[: at + 1]), []).append((op.name, *(tuple(v.sizes) for v in op.outputs)))
+    return {pattern: names for pattern, names in found.items() if len(names) > 1}

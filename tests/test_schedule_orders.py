@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from shardwise.cost.timeline import most_held
 from shardwise.errors import PlanError
 from shardwise.parallel.schedule import Action, actions, orders
 from shardwise.plan.plan import SCHEDULES
@@ -112,3 +113,18 @@ def test_schedules_read_as_torch_prints_them() -> None:
 def test_stages_that_do_not_fit_are_refused(schedule: str, ranks: int, stages: int, micro: int, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         orders(schedule, ranks, stages, micro)
+
+
+def test_the_earlier_of_a_ranks_stages_hold_more() -> None:
+    """The first rank of two goes forward on three micro-batches of its first stage and two of its second at the most."""
+    assert set(most_held("interleaved", 2, 4, 8, rank=0)) == {(3, 2), (4, 1)}
+    for ranks, stages, micro in [(2, 4, 4), (4, 8, 8), (4, 16, 16)]:
+        for rank in range(ranks):
+            warm = (stages // ranks - 1) * ranks + 2 * (ranks - rank - 1)
+            ways = most_held("interleaved", ranks, stages, micro, rank)
+            assert {sum(way) for way in ways} == {warm + 1}, "warm-up (Narayanan et al. 2021), and one more"
+            assert max(way[0] for way in ways) == max(max(way) for way in ways)
+
+
+def test_too_many_actions_are_not_run_but_spread() -> None:
+    assert most_held("interleaved", 4, 8, 100_000, rank=0) == ((5, 5),)

@@ -16,7 +16,7 @@ from shardwise.cost.estimate import Estimate
 from shardwise.cost.place import COPIES, DATA, SHARDS, Place
 from shardwise.cost.profile import NOTHING, Besides, Profile
 from shardwise.cost.table import PLAIN, Array, Held, Stretches, Table
-from shardwise.cost.timeline import ahead_seconds, pipeline_seconds
+from shardwise.cost.timeline import ahead_seconds, most_held, pipeline_seconds
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
 
@@ -246,6 +246,24 @@ class Case:
         ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
         return min(plan.micro_batches * each, ahead)
 
+    def kept_flight(self, rank: int, kept: Sequence[float]) -> float:
+        """Micro-batches in flight in the mean over a rank's stages, of which each keeps so many bytes for one."""
+        if not sum(kept):
+            return 0.0
+        ways = self._ways(rank, len(kept))
+        return max(sum(n * size for n, size in zip(way, kept, strict=True)) for way in ways) / sum(kept)
+
+    def least_flight(self, rank: int, each: int) -> float:
+        """Micro-batches in flight in the mean over so many stages of a rank, whatever each of them keeps."""
+        return max(min(way) for way in self._ways(rank, each))
+
+    def _ways(self, rank: int, each: int) -> Sequence[Sequence[float]]:
+        """How many micro-batches a rank's stages hold when they hold the most; some hold them in turns."""
+        stages = self.plan.pipeline * each
+        if self.plan.schedule == "interleaved":
+            return most_held("interleaved", self.plan.pipeline, stages, self.plan.micro_batches, rank)
+        return [[self.in_flight(rank, stages) / each] * each]
+
     def half_done(self, rank: int) -> int:
         """Of the micro-batches in flight on a pipeline rank those that are half through backward."""
         return min(self.plan.micro_batches, rank + 1) if self.plan.schedule == "zero-bubble" else 0
@@ -289,8 +307,8 @@ class Case:
         seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
         memory = []
         for rank, s in enumerate(most):
-            each = stages // ranks
-            found = self.memory(s, self.in_flight(rank, stages) / each, self.half_done(rank) / each)
+            kept = [float(part.kept) for part, r in zip(full, owners, strict=True) if r == rank]
+            found = self.memory(s, self.kept_flight(rank, kept), self.half_done(rank) / len(kept))
             memory.append({item: float(size) for item, size in found.items()})
         limits = tuple(place.memory for place in self.places)
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits)

@@ -101,6 +101,26 @@ def ahead_seconds(
     return max(clock)
 
 
+@lru_cache(maxsize=1024)
+def most_held(schedule: str, ranks: int, stages: int, micros: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """When a rank holds activations of the most micro-batches, how many of each of its stages: all ways that come.
+
+    One way, by the mean, for pipelines that are not run.
+    """
+    each = stages // ranks
+    if stages * micros > _MANY:
+        ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
+        return ((max(1, min(micros * each, ahead) // each),) * each,)
+    held, most, found = [0] * each, 0, dict[tuple[int, ...], None]()
+    for action in _orders(schedule, ranks, stages, micros)[rank]:
+        held[action.stage // ranks] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+        if sum(held) > most:
+            most, found = sum(held), {}
+        if sum(held) == most:
+            found[tuple(held)] = None
+    return tuple(found)
+
+
 @lru_cache(maxsize=256)
 def _orders(schedule: str, ranks: int, stages: int, micros: int) -> list[list[Action]]:
     return orders(schedule, ranks, stages, micros)

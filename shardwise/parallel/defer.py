@@ -9,6 +9,7 @@ altogether.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,10 @@ class Tape:
             roots: outputs of the stage that depend on parameters alone.
             grads: their gradients; None for the loss.
         """
+        # A parameter with several uses is accumulated into, and its hooks are called, once.
+        if not roots and all(learned.is_leaf for note in self.notes for learned in note.learned):
+            self._one_by_one()
+            return
         at, given = list(roots), list(grads)
         for note in self.notes:
             for learned, grad in zip(note.learned, note.gradients(), strict=True):
@@ -51,8 +56,22 @@ class Tape:
                     given.append(grad)
         self.notes.clear()
         if at:
-            # All at once: a parameter with several uses is accumulated into, and its hooks are called, once.
             torch.autograd.backward(at, given)
+
+    def _one_by_one(self) -> None:
+        """Accumulate into parameters themselves, so that no gradient waits for the others."""
+        left = Counter(id(learned) for note in self.notes for learned in note.learned)
+        sums: dict[int, Tensor] = {}
+        self.notes.reverse()
+        while self.notes:
+            note = self.notes.pop()
+            for learned, grad in zip(note.learned, note.gradients(), strict=True):
+                key = id(learned)
+                left[key] -= 1
+                if grad is not None:
+                    sums[key] = sums[key] + grad if key in sums else grad
+                if not left[key] and key in sums:
+                    torch.autograd.backward([learned], [sums.pop(key)])
 
 
 @dataclass(eq=False)

@@ -116,7 +116,7 @@ def test_stages_that_do_not_fit_are_refused(schedule: str, ranks: int, stages: i
 
 
 def test_the_earlier_of_a_ranks_stages_hold_more() -> None:
-    """The first rank of two goes forward on three micro-batches of its first stage and two of its second at the most."""
+    """The first of two ranks goes forward on three micro-batches of its first stage and two of its second."""
     assert set(most_held("interleaved", 2, 4, 8, rank=0)) == {(3, 2), (4, 1)}
     for ranks, stages, micro in [(2, 4, 4), (4, 8, 8), (4, 16, 16)]:
         for rank in range(ranks):

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.kernels import Kernels
+from shardwise.cost.place import places
 from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES, profile
 from shardwise.cost.timeline import pipeline_seconds
@@ -224,6 +225,16 @@ def test_equal_stages_take_what_the_formula_says(ranks: int, times: int, forward
     assert found == pytest.approx((micros + ranks - 1) * (forward + backward))
 
 
+@pytest.mark.parametrize(("ranks", "micros"), [(1, 3), (2, 5), (4, 8)])
+def test_a_turn_is_lost_where_forward_and_backward_alternate(ranks: int, micros: int) -> None:
+    found = pipeline_seconds("1f1b", ranks, micros, [1.0] * ranks, [2.0] * ranks, [0.0] * (ranks - 1), [0.5] * ranks)
+    # Every backward of the last rank follows its forward; filling and draining loses none.
+    assert found == pytest.approx((ranks - 1) * 3.0 + micros * (3.0 + 0.5 * (ranks > 1)))
+    # With all forwards before all backwards each rank turns once, one behind the other.
+    gpipe = pipeline_seconds("gpipe", ranks, micros, [1.0] * ranks, [2.0] * ranks, [0.0] * (ranks - 1), [0.5] * ranks)
+    assert gpipe == pytest.approx((ranks - 1) * 3.0 + micros * 3.0 + 0.5 * ranks * (ranks > 1))
+
+
 def test_interleaved_stages_wait_less() -> None:
     whole = pipeline_seconds("1f1b", 4, 8, [2.0] * 4, [4.0] * 4, [0.0] * 3)
     parts = pipeline_seconds("interleaved", 4, 8, [1.0] * 8, [2.0] * 8, [0.0] * 7)
@@ -253,6 +264,34 @@ def test_items_add_up() -> None:
     assert all(seconds >= 0 for seconds in found.seconds.values())
     assert found.step == pytest.approx(sum(found.seconds.values()))
     assert found.peak == pytest.approx(max(sum(rank.values()) for rank in found.ranks))
+
+
+def test_of_what_is_gathered_the_own_part_is_kept() -> None:
+    dims = (*tensor_dims("llama", 2), "sequence")
+    plan = Plan((PlanAxis("tensor", 2, dims),))
+    both = [
+        Pricer(graph_of("llama"), replace(PROFILES["nanotron"], regather=regather, call=call)).price(plan, H100, 8)
+        for regather, call in ((False, 0.0), (True, 0.0), (True, 1.0))
+    ]
+    whole, ahead, behind = (found.memory for found in both)
+    assert ahead["activations"] == behind["activations"] < whole["activations"]
+    # The rest waits for the device, unless the host is the slower.
+    assert ahead["buffers"] > behind["buffers"] == whole["buffers"] == 0
+
+
+def test_shards_and_buckets_take_the_host_s_and_the_network_s_time() -> None:
+    plain = replace(PROFILES["nanotron"], shard=0.0, bucket=0.0, overlap_data=0.0)
+    entries = price("llama", data(8), 8, "nanotron").memory["parameters"] / 2
+    count, start = len(graph_of("llama").params), H100.path(range(8)).parts("all_reduce")[0]
+    for zero, more, expected in ((1, {"shard": 1e-3}, 8e-3 * count), (0, {"bucket": entries / 4}, 3 * start)):
+        slower = replace(plain, **more)
+        slow, fast = (Pricer(graph_of("llama"), p).price(data(8, zero), H100, 8) for p in (slower, plain))
+        assert slow.step - fast.step == pytest.approx(expected)
+
+
+def test_a_stage_sends_over_the_hop_behind_it() -> None:
+    found = places(Plan((PlanAxis(PIPELINE, 4), PlanAxis("data", 4, ("batch",))), ("a", "b", "c")), H100)
+    assert [place.routes[PIPELINE].nodes for place in found] == [1, 2, 1, 1]
 
 
 def test_a_host_that_starts_operators_slowly_shows() -> None:

@@ -290,6 +290,16 @@ def test_beyond_what_is_known_scaling_goes_on_falling() -> None:
     assert efa.left(128, "all_reduce") == pytest.approx(efa.left(64, "all_reduce") / 2)
 
 
+def test_an_all_reduce_of_few_ranks_of_each_node_keeps_more() -> None:
+    efa = network("aws-efa")
+    assert efa.left(32, "all_reduce", 1 / 8) == pytest.approx(efa.left(4, "all_reduce"))
+    assert efa.left(4, "all_reduce", 1 / 8) == efa.left(2, "all_reduce")
+    assert efa.left(32, "all_reduce", 1 / 8) > efa.left(32, "all_reduce", 1 / 2) > efa.left(32, "all_reduce")
+    assert efa.left(32, "all_gather", 1 / 8) == efa.left(32, "all_gather")
+    one, all_ = (Cluster.load("32x8xh100-sxm+aws-efa").path(range(0, 256, step)) for step in (8, 1))
+    assert 8 * one.reduce_bandwidth > all_.reduce_bandwidth and 8 * one.bandwidth == pytest.approx(all_.bandwidth)
+
+
 @pytest.mark.parametrize(
     ("title", "name"),
     [

@@ -98,6 +98,12 @@ def test_rows_that_cannot_be_priced_are_told_with_a_reason() -> None:
     assert not found and sum(len(ids) for ids in refused.values()) == len(odd)
 
 
+def test_a_plan_that_its_framework_refuses_does_not_fit() -> None:
+    few = {**ROW, "pp": "4", "dp": "2", "tp": "2", "grad_accum": "2", "global_batch": "4", "micro_batch": "1"}
+    found, _ = predictions([{**few, "table": table} for table in ("ultrascale", "sc21")])
+    assert [line["fits"] for line in found] == [0, 1]
+
+
 def test_scores_are_those_of_the_definition() -> None:
     names = [("a", 1.0, "ok"), ("b", 2.0, "ok"), ("c", 4.0, "ok"), ("d", math.nan, "OOM/crash")]
     table = [

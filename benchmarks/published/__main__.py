@@ -18,7 +18,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks.published.page import Part, plot, text
-from benchmarks.published.rows import price
+from benchmarks.published.rows import price, runs
 from benchmarks.published.score import GIB, Scores, held_out, planned, score
 from shardwise.cost.estimate import Estimate
 from shardwise.errors import ShardwiseError
@@ -46,7 +46,7 @@ def line_of(row: Mapping[str, str], cost: Estimate) -> dict[str, Any]:
     """A line of predictions: the step and the peak, then every item."""
     return {
         "config_id": row["config_id"], "step_time_s": f"{cost.step:.5g}", "peak_mem_GiB": f"{cost.peak / GIB:.4g}",
-        "fits": int(cost.fits), **{k: f"{v:.4g}" for k, v in cost.seconds.items()},
+        "fits": int(cost.fits and runs(row)), **{k: f"{v:.4g}" for k, v in cost.seconds.items()},
         **{f"{k} GiB": f"{v / GIB:.4g}" for k, v in cost.memory.items()},
     }  # fmt: skip
 

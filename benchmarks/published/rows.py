@@ -260,6 +260,11 @@ def ahead_of(row: Mapping[str, str]) -> int:
     return int(found.group(1)) if found else 1
 
 
+def runs(row: Mapping[str, str]) -> bool:
+    """Whether the row's framework takes its plan: nanotron asserts micro-batches for all stages but one."""
+    return row["table"] != "ultrascale" or number(row, "grad_accum", 1) >= number(row, "pp", 1) - 1
+
+
 def plan_of(row: Mapping[str, str], shape: Shape, graph: Graph) -> Plan:
     """The plan of a row.
 

@@ -20,6 +20,9 @@ from shardwise.cost.timeline import ahead_seconds, most_held, pipeline_seconds
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
 
+_LEAST = 1e-12
+"""Seconds below which nothing takes a time."""
+
 
 @dataclass(frozen=True)
 class Times:
@@ -29,6 +32,8 @@ class Times:
         forward, backward: in all.
         compute: of the device, both ways.
         waits: for the host, both ways.
+        turn: for the host besides, where forward and backward of micro-batches alternate; part of neither.
+        lead: share of a micro-batch by which the host is through before the device.
         sent, hidden: of each axis's collectives, both ways: what nothing hides, and what computing hides.
     """
 
@@ -36,6 +41,8 @@ class Times:
     backward: Array
     compute: Array
     waits: Array
+    turn: Array
+    lead: Array
     sent: Mapping[str, Array]
     hidden: Mapping[str, Array]
 
@@ -81,27 +88,30 @@ class Case:
         rate = place.device.bandwidth.value * place.device.reached.value
         shown = 1.0 - p.overlap_tensor
         # In all micro-batches but the first a gradient is added to one that is there.
-        added = s.weights * p.accumulate * (1 - 1 / self.plan.micro_batches) * p.passes / rate
+        added = s.weights * p.accumulate * (1 - 1 / self.plan.micro_batches) / rate
         forward, backward = s.forward, s.backward + s.again + added
-        staged = self.plan.pipeline > 1
         all_sent: dict[str, Array] = {}
-        ways, hosts = [], []
+        ways, staged = [], []
         for messages in (s.sent, s.sent_back):
             total, host = np.zeros_like(s.forward), np.zeros_like(s.forward)
             for (axis, kind), (calls, size) in messages.items():
                 route = place.routes[axis]
                 fixed, each = route.parts(kind)
                 fixed += p.step * (route.ranks - 1) * (route.nodes > 1)
-                host = host + p.step_staged * staged * (route.ranks - 1) * calls
+                host = host + p.step_staged * (route.ranks - 1) * calls
                 seconds = calls * fixed + size * each
                 total = total + seconds
                 all_sent[axis] = all_sent.get(axis, 0.0) + seconds
             ways.append(total * shown)
-            hosts.append(host + p.tick * staged)
-        waits = [
-            np.maximum(0.0, p.call * calls + host - busy - sent)
-            for calls, host, busy, sent in zip((s.calls, s.calls_back), hosts, (forward, backward), ways, strict=True)
-        ]
+            staged.append(host + p.tick)
+        hosts = [p.call * calls for calls in (s.calls, s.calls_back)]
+        busy = [forward + ways[0], backward + ways[1]]
+        waits = [np.maximum(0.0, host - device) for host, device in zip(hosts, busy, strict=True)]
+        turn = np.zeros_like(s.forward)
+        if PIPELINE in place.routes and place.routes[PIPELINE].nodes > 1:
+            hosts = [host + more for host, more in zip(hosts, staged, strict=True)]
+            turn = np.maximum(0.0, hosts[0] + hosts[1] - busy[0] - busy[1] - waits[0] - waits[1])
+        lead = np.maximum(0.0, 1 - (hosts[0] + hosts[1]) / np.maximum(busy[0] + busy[1], _LEAST))
         gather, scatter = self._gather(rank, s)
         once_more = gather + scatter
         # What runs behind computing slows it: the rest of its time is hidden.
@@ -118,6 +128,8 @@ class Case:
             backward + ways[1] + waits[1] + gathers[1],
             forward + backward,
             waits[0] + waits[1],
+            turn,
+            lead,
             sent,
             hidden,
         )
@@ -181,15 +193,16 @@ class Case:
         # Buckets are filled: gradients are read and written once more.
         copied = 2 * grads / (device.bandwidth.value * device.reached.value) * (1 - self._apart(rank))
         fixed, each = routes[DATA].parts("all_reduce") if self.plan.zero == 0 else self._scattered(rank)
-        time = fixed + each * grads + copied
+        buckets = np.maximum(1.0, s.weights / p.bucket) if self.plan.zero == 0 and p.bucket else 1.0
+        time = fixed * buckets + each * grads + copied
         share = p.overlap_scatter if self.plan.zero else p.overlap_data
         behind = np.minimum(time, share * self._apart(rank) * backward) * (1 - p.contention)
         if self.plan.zero in (1, 2):
             # Updated weights are gathered after the update; some frameworks do so behind the next step's forward.
             fixed, each = routes[SHARDS].parts("all_gather")
-            # Some send each rank's share by a broadcast of its own.
+            # Some send each rank's share by a broadcast of its own; of some the host cuts and joins each weight.
             gather = fixed * (self.shards if p.broadcasts else 1) + each * s.weight_bytes
-            time = time + gather
+            time = time + gather + p.shard * s.tensors * self.shards
             hid = np.minimum(gather, p.overlap_gather * self._apart(rank) * backward / 2)
             behind = behind + hid * (1 - p.contention)
         return time - behind, behind, others
@@ -212,17 +225,32 @@ class Case:
         """
         p, plan = self.profile, self.plan
         several = plan.micro_batches > 1
+        beside = (self.data > 1) + (flight > 1)
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
         found = {
             "parameters": s.weight_bytes / self._shards(3),
             # Over several micro-batches whole gradients are accumulated, but for ZeRO-3.
-            "gradients": s.weights * (p.gradient / self._shards(3 if several else 2) + p.beside * several),
+            "gradients": s.weights * (p.gradient / self._shards(3 if several else 2) + p.beside * beside),
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
             "activations": s.kept * (flight - half) + s.halved * half + s.inside + s.largest,
             "buffers": p.fixed + gathered,
         }
         return {**found, "reserve": self.reserve * sum(found.values())}  # type: ignore[dict-item]
+
+    def waiting(self, s: Stretches, lead: Array, flight: float) -> Array:
+        """Bytes gathered along tensor axes whose memory waits for the device, where only own parts are kept.
+
+        The host goes on without them, but what a collective writes is given back when the device is through with it.
+        The host is ahead where its work is the shorter, more with each micro-batch; and, whatever its work, while it
+        fills a pipeline; but by no more operators than the device has room for in its queue.
+        """
+        p = self.profile
+        sizes = [size for (axis, kind), (_, size) in s.sent.items() if kind == "all_gather" and axis != DATA]
+        if not p.regather or not sizes:
+            return np.zeros_like(s.forward)
+        micros = max(flight - 2, 0.0) + np.minimum(1.0, lead * self.plan.micro_batches) * min(flight, 2.0)
+        return sum(sizes[1:], sizes[0]) * np.minimum(micros, p.queue / np.maximum(s.calls, 1.0))
 
     @cached_property
     def reserve(self) -> float:
@@ -284,10 +312,11 @@ class Case:
         forward, backward = [float(t.forward) for t in times], [float(t.backward) for t in times]
         carried = [self.tables[0].live[cut] for cut in cuts]
         sends = [float(self.sends(r, size)) for r, size in zip(owners, carried, strict=False)]
+        turns = [float(t.turn) for t in times]
         if self.ahead > 1:
             total = ahead_seconds(self.ahead * ranks, micros, forward, backward, sends)
         else:
-            total = pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends)
+            total = pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends, turns)
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
         bubble = max(total - compute - waits - sum(sent.values()), 0.0) if stages > 1 else 0.0
@@ -308,8 +337,14 @@ class Case:
         memory = []
         for rank, s in enumerate(most):
             kept = [float(part.kept) for part, r in zip(full, owners, strict=True) if r == rank]
-            found = self.memory(s, self.kept_flight(rank, kept), self.half_done(rank) / len(kept))
-            memory.append({item: float(size) for item, size in found.items()})
+            flight = self.kept_flight(rank, kept)
+            found = self.memory(s, flight, self.half_done(rank) / len(kept))
+            items = {item: float(size) for item, size in found.items()}
+            mine = [(o, t) for o, t, r in zip(own, times, owners, strict=True) if r == rank]
+            waiting = sum(float(self.waiting(o, t.lead, flight)) for o, t in mine)
+            items["buffers"] += waiting
+            items["reserve"] += waiting * self.reserve
+            memory.append(items)
         limits = tuple(place.memory for place in self.places)
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from shardwise.machine.cluster import Cluster, Route
@@ -57,8 +57,8 @@ def places(plan: Plan, cluster: Cluster, shards: int = 0) -> list[Place]:
     step, size = strides.get(PIPELINE, plan.ranks), plan.pipeline
     found: list[Place] = []
     for stage in range(size):
-        if alike and found:
-            found.append(found[0])
+        if alike and stage:
+            found.append(_after(found, plan, cluster, step, stage))
             continue
         ranks = range(plan.ranks) if alike else [r for r in range(plan.ranks) if r // step % size == stage]
         devices = [cluster.nodes[0].device] if alike else [cluster.device(r) for r in ranks]
@@ -80,6 +80,14 @@ def places(plan: Plan, cluster: Cluster, shards: int = 0) -> list[Place]:
         each = tuple(members if alike else ranks)
         found.append(Place(_slowest(devices), min(d.memory.value for d in devices), routes, each))
     return found
+
+
+def _after(found: Sequence[Place], plan: Plan, cluster: Cluster, step: int, stage: int) -> Place:
+    """The place of a later stage where all nodes are alike: that of the stage before but for what it sends over."""
+    first = min(stage, plan.pipeline - 2) * step
+    hop = cluster.path([first, first + step])
+    known = next((place for place in found if place.routes[PIPELINE] == hop), None)
+    return known or replace(found[0], routes={**found[0].routes, PIPELINE: hop})
 
 
 def loads(plan: Plan, cluster: Cluster, place: Place, samples: int) -> list[Load]:

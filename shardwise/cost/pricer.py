@@ -129,7 +129,10 @@ class Pricer:
         p = self.profile
 
         def make() -> Work:
-            return Work(self.folded.graph, axes, self.saved, fused=p.fused, prepared=p.prepared, balanced=p.balanced)
+            return Work(
+                self.folded.graph, axes, self.saved, fused=p.fused, prepared=p.prepared, balanced=p.balanced,
+                regather=p.regather,
+            )  # fmt: skip
 
         return self._once(("work", tuple(axes)), make)
 

@@ -20,16 +20,24 @@ class Profile:
         balanced: whether each rank of a context axis has early and late queries, as many keys for each rank.
         passes: how many times as long as their bytes ask for operators bound by memory take.
         call: seconds of the host for each operator it starts.
+        queue: operators that it is ahead of the device at most.
         step: seconds that each step of a tensor axis's ring takes besides where it leaves the node.
-        step_staged: seconds of the host for each step of such a ring in a pipeline.
-        tick: seconds of the host besides for a micro-batch's forward on a stage of a pipeline, and for its backward.
+        step_staged: seconds of the host for each step of such a ring, in a pipeline that leaves its node, where forward
+            and backward of micro-batches alternate.
+        tick: the same besides, for a micro-batch's forward on a stage of such a pipeline, and for its backward.
         weight: bytes of a weight; 0 for the model's own dtype.
         gradient: bytes of a gradient as it is accumulated.
         accumulate: bytes that adding a micro-batch's gradient of one weight reads and writes.
-        beside: bytes of a gradient as backward makes it, that stay from one micro-batch to the next.
+        beside: bytes of a gradient as backward makes it: once in buckets where the batch is split, and once next to the
+            activations of other micro-batches.
+        regather: whether of a tensor gathered along a tensor axis the own part is kept, and gathered again behind a
+            product of backward (Korthikanti et al., 2022).
         send_gradient: bytes of a gradient as it is sent.
         send_weight: bytes of a sharded weight as it is gathered; 0 for the model's own dtype.
         state: bytes of optimizer state for each weight, a master copy of it included.
+        shard: seconds of the host to cut and join a weight for each rank that it is sharded over, where ZeRO shards the
+            optimizer's state.
+        bucket: gradients in one all-reduce; 0 for all.
         overlap_data: share of the last backward behind which the all-reduce of gradients is hidden.
         overlap_scatter: the same of their reduce-scatter, where ZeRO shards the optimizer's state.
         overlap_gather: share of computing behind which the gathering of sharded or updated weights is hidden.
@@ -53,6 +61,7 @@ class Profile:
     balanced: bool = False
     passes: float = 1.0
     call: float = 0.0
+    queue: float = 0.0
     step: float = 0.0
     step_staged: float = 0.0
     tick: float = 0.0
@@ -60,9 +69,12 @@ class Profile:
     gradient: int = 4
     accumulate: int = 12
     beside: int = 0
+    regather: bool = False
     send_gradient: int = 4
     send_weight: int = 0
     state: int = 8
+    shard: float = 0.0
+    bucket: float = 0.0
     overlap_data: float = 0.0
     overlap_scatter: float = 0.0
     overlap_gather: float = 0.0
@@ -103,9 +115,9 @@ PROFILES = {
     for p in (
         Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5),
         Profile(
-            "nanotron", fused="modules", prepared=True, passes=2.8, call=92e-6, step=21e-6, step_staged=390e-6,
-            tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, send_gradient=4, state=12, overlap_data=1.0,
-            contention=0.0, portable=False, reserve=0.05, outside=5e9,
+            "nanotron", fused="modules", prepared=True, passes=2.8, call=96e-6, queue=450, step=21e-6,
+            step_staged=340e-6, tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, regather=True,
+            send_gradient=4, state=12, shard=3e-6, bucket=13.1e6, overlap_data=1.0, reserve=0.02, outside=6e9,
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,

@@ -37,6 +37,7 @@ class Held:
         largest: bytes of the largest gradient, and of the tensor that it is of.
         weights: entries of parameters.
         weight_bytes: bytes of them.
+        tensors: how many parameters.
         summed: for each axis, entries of parameters whose gradients are summed over it.
     """
 
@@ -46,6 +47,7 @@ class Held:
     largest: Array
     weights: Array
     weight_bytes: Array
+    tensors: Array
     summed: Mapping[str, Array]
 
     @property
@@ -92,7 +94,7 @@ class Stretches(Held):
 
 PLAIN = (
     "forward", "backward", "again", "calls", "calls_back", "kept", "halved", "inside", "largest", "weights",
-    "weight_bytes",
+    "weight_bytes", "tensors",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
 
@@ -109,27 +111,28 @@ class Weights:
     def __init__(self, folded: Folded, work: Work, each: int) -> None:
         graph = folded.whole
         self.axes = [axis.name for axis in work.axes if axis.size > 1]
-        first = np.zeros((len(graph.ops) + 1, 2 + len(self.axes)))
+        first = np.zeros((len(graph.ops) + 1, 3 + len(self.axes)))
         self._repeated: list[tuple[int, int, Array]] = []
         for name, uses in folded.uses.items():
             value = folded.values[graph.params[name]]
             entries = work.local(value, 1)
             over = {work.axes[a].name for a in work.layout.grad_axes(value)}
             size = entries * (each or value.dtype.itemsize)
-            row = np.array([entries, size, *(entries * (axis in over) for axis in self.axes)])
+            row = np.array([entries, size, 1, *(entries * (axis in over) for axis in self.axes)])
             first[uses[0] + 1] += row
             self._repeated += [(before, use, row) for before, use in pairwise(uses)]
         self._running = np.cumsum(first, axis=0)
 
-    def between(self, at: Bounds) -> tuple[Array, Array, Mapping[str, Array]]:
-        """Entries and bytes of what each stretch reads, each parameter once, and entries to sum over each axis."""
+    def between(self, at: Bounds) -> tuple[Array, Array, Array, Mapping[str, Array]]:
+        """Entries, bytes and number of what each stretch reads, each parameter once; entries to sum over each axis."""
         found = self._running[at][None, :, :] - self._running[at][:, None, :]
         for before, use, row in self._repeated:
             # A stretch that begins between two uses has the second without the first.
             begins = (at > before) & (at <= use)
             if begins.any():
                 found += (begins[:, None] & (at > use)[None, :])[:, :, None] * row
-        return found[..., 0], found[..., 1], {axis: found[..., 2 + k] for k, axis in enumerate(self.axes)}
+        summed = {axis: found[..., 3 + k] for k, axis in enumerate(self.axes)}
+        return found[..., 0], found[..., 1], found[..., 2], summed
 
 
 class Rows:
@@ -324,7 +327,7 @@ class Table:
     def held(self, bounds: Sequence[int]) -> Held:
         """What every stretch between two of these operators holds; arguments as for `between`."""
         at = np.array(bounds)
-        entries, sizes, summed = self.weights.between(at)
+        entries, sizes, tensors, summed = self.weights.between(at)
         return Held(
             kept=_differences(self._kept[at]),
             halved=_differences(self._halved[at]),
@@ -332,6 +335,7 @@ class Table:
             largest=_most(np.array([self.rows.largest[a:b].max(initial=0.0) for a, b in pairwise(at)])),
             weights=entries,
             weight_bytes=sizes,
+            tensors=tensors,
             summed=summed,
         )
 

@@ -13,7 +13,13 @@ _MANY = 20_000
 
 
 def pipeline_seconds(
-    schedule: str, ranks: int, micros: int, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float]
+    schedule: str,
+    ranks: int,
+    micros: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    sends: Sequence[float],
+    turns: Sequence[float] = (),
 ) -> float:
     """Seconds from the first forward to the last backward.
 
@@ -23,12 +29,15 @@ def pipeline_seconds(
         micros: micro-batches.
         forward, backward: seconds of each stage for one micro-batch; stages go round the ranks.
         sends: seconds to carry a micro-batch from each stage to the next, one fewer than stages.
+        turns: seconds that a stage's backward takes besides where a forward came just before it on its rank.
     """
     stages = len(forward)
+    turns = turns or [0.0] * stages
     if stages == 1:
         return micros * (forward[0] + backward[0])
     if schedule != "zero-bubble" and micros >= ranks and stages * micros > _MANY:
-        return steady_seconds(schedule, ranks, micros, forward, backward, sends)
+        slower = [b + t for b, t in zip(backward, turns, strict=True)]
+        return steady_seconds(schedule, ranks, micros, forward, slower, sends)
     done: dict[Action, float] = {}
     order = _orders(schedule, ranks, stages, micros)
     clock, at = [0.0] * ranks, [0] * ranks
@@ -42,7 +51,9 @@ def pipeline_seconds(
                 if ready is None:
                     break
                 start = max(clock[rank], ready)
-                clock[rank] = done[action] = start + _takes(action, forward, backward)
+                turned = action.kind != "F" and at[rank] > 0 and order[rank][at[rank] - 1].kind == "F"
+                takes = _takes(action, forward, backward) + turns[action.stage] * turned
+                clock[rank] = done[action] = start + takes
                 at[rank] += 1
                 moved = True
     return max(clock)

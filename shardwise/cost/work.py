@@ -82,6 +82,7 @@ class Work:
         prepared: whether what depends on the batch alone costs nothing.
         balanced: whether the queries of each rank are early ones and late ones, so that causal attention takes half of
             the keys however they are split.
+        regather: whether of a tensor gathered for an operator the own part is kept, and gathered again in backward.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Work:
         fused: str = "none",
         prepared: bool = False,
         balanced: bool = False,
+        regather: bool = False,
     ) -> None:
         self.graph, self.axes, self.saved = graph, tuple(axes), saved
-        self.fused, self.prepared, self.balanced = fused, prepared, balanced
+        self.fused, self.prepared, self.balanced, self.regather = fused, prepared, balanced, regather
         self.layout = Layout(graph, axes)
         self._params = {v: n for n, v in graph.params.items()}
         self._tasks: dict[int, list[Task]] = {}
@@ -335,7 +337,7 @@ class Work:
             for value in values:
                 root = self._root(value)
                 size = self.local_bytes(root, samples)
-                if value in needs:
+                if value in needs and not self.regather:
                     # What was gathered for this operator is another tensor than the part it was gathered from.
                     size = max(size, self.local_bytes(value, samples, needs[value]))
                 if (root, size) in seen or root in self._params or root not in self.graph.learned:

@@ -224,17 +224,17 @@ class Cluster:
             reduce = max(link.reduce.value for link in inside)
             measured = parts_of(inside[0].collectives, len(ranks))
             return Route(len(ranks), 1, launch, hop, bandwidth, reduce, bandwidth, measured)
-        between = [(self.nodes[i].network, n) for i, n in counts.items()]
+        between = [(self.nodes[i].network, n, n / self.nodes[i].devices) for i, n in counts.items()]
         # A ring enters and leaves each node once, over the network cards of all its ranks there.
         n = len(counts)
         gather, reducing = (
-            min(bandwidth, *(net.bandwidth.value * net.left(n, kind) * here for net, here in between))
+            min(bandwidth, *(net.bandwidth.value * net.left(n, kind, part) * here for net, here, part in between))
             for kind in ("all_gather", "all_reduce")
         )
-        launch = max(launch, *(net.launch.value for net, _ in between))
-        hop = max(hop, *(net.hop.value for net, _ in between))
-        reduce = max(net.reduce.value for net, _ in between)
+        launch = max(launch, *(net.launch.value for net, *_ in between))
+        hop = max(hop, *(net.hop.value for net, *_ in between))
+        reduce = max(net.reduce.value for net, *_ in between)
         # Measured numbers hold for the group that was measured: alike networks, one rank a node.
-        alone = len(ranks) == n and all(net == between[0][0] for net, _ in between)
+        alone = len(ranks) == n and all(net == between[0][0] for net, *_ in between)
         measured = parts_of(between[0][0].collectives, n) if alone else {}
         return Route(len(ranks), n, launch, hop, gather, reduce, reducing, measured)

@@ -58,11 +58,20 @@ class Link:
         scaling = _scaling(table.get("scaling"), where)
         return cls(str(table["title"]), bandwidth, launch, hop, reduce, scaling, measured)
 
-    def left(self, nodes: int, kind: str) -> float:
-        """The share of the bandwidth left between so many nodes, on a log scale between numbers that are known."""
+    def left(self, nodes: float, kind: str, part: float = 1.0) -> float:
+        """The share of the bandwidth left between so many nodes, on a log scale between numbers that are known.
+
+        Args:
+            nodes: how many.
+            kind: of the collective.
+            part: share of each node's devices that take part. An all-reduce of fewer ranks loses less: as much as one
+                of all devices of as many nodes as its ranks would fill.
+        """
         column = 2 if kind == "all_reduce" else 1
         if not self.scaling:
             return 1.0
+        if kind == "all_reduce":
+            nodes = max(nodes * part, self.scaling[0][0])
         below = [row for row in self.scaling if row[0] <= nodes] or [self.scaling[0]]
         above = [row for row in self.scaling if row[0] >= nodes]
         low, high = below[-1], above[0] if above else below[-1]

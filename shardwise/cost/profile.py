@@ -67,7 +67,7 @@ class Profile:
     tick: float = 0.0
     weight: int = 0
     gradient: int = 4
-    accumulate: int = 12
+    accumulate: float = 12
     beside: int = 0
     regather: bool = False
     send_gradient: int = 4
@@ -121,7 +121,7 @@ PROFILES = {
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,
-            send_gradient=4, state=12, reserve=0.06, outside=1e9,
+            accumulate=14.4, send_gradient=4, state=12, reserve=0.06, outside=1e9,
         ),
         Profile(
             "megatron-core", fused="all", prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4, state=12,
@@ -129,23 +129,23 @@ PROFILES = {
             portable=False, balanced=True, stops=True, reserve=0.06, fixed=1e9,
         ),
         Profile(
-            "internevo", fused="modules", prepared=True, passes=4.0, call=8e-6, weight=2, gradient=4, accumulate=6,
+            "internevo", fused="modules", prepared=True, passes=4.0, call=8e-6, weight=2, gradient=4, accumulate=24,
             send_gradient=2, state=24, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, broadcasts=True,
             reserve=0.04, fixed=1e9,
         ),
         Profile(
             "deepspeed", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=6,
-            send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=7e9,
+            accumulate=14.4, send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=7e9,
         ),
         Profile(
             "torchtitan", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,
-            send_weight=2, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, balanced=True,
-            stops=True, reserve=0.07, fixed=1e9,
+            send_weight=2, accumulate=24, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9,
+            balanced=True, stops=True, reserve=0.07, fixed=1e9,
         ),
         Profile(
             "fsdp", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,
-            send_weight=2, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, attention=0.6,
-            stops=True, reserve=0.08, fixed=1e9,
+            send_weight=2, accumulate=24, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9,
+            attention=0.6, stops=True, reserve=0.08, fixed=1e9,
         ),
     )
 }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.kernels import Kernels
 from shardwise.cost.pricer import Pricer
-from shardwise.cost.profile import PROFILES, Besides
+from shardwise.cost.profile import PROFILES, Besides, Profile
 from shardwise.cost.timeline import ahead_seconds, pipeline_seconds
 from shardwise.cost.work import Product, Work
 from shardwise.graph.graph import Graph
@@ -33,8 +33,13 @@ def graph(name: str) -> Graph:
     return Graph.of(ZOO[name]())
 
 
-def price(plan: Plan, profile: Any = FSDP, *, name: str = "llama", cluster: Cluster = NODES, **more: Any) -> Estimate:
-    return Pricer(graph(name), profile).price(plan, cluster, 16, **more)
+@cache
+def pricer(profile: Profile = FSDP) -> Pricer:
+    return Pricer(graph("llama"), profile)
+
+
+def price(plan: Plan, profile: Profile = FSDP, *, cluster: Cluster = NODES, **more: Any) -> Estimate:
+    return pricer(profile).price(plan, cluster, 16, **more)
 
 
 def test_what_runs_behind_computing_slows_it() -> None:
@@ -94,14 +99,14 @@ def test_every_second_product_may_be_kept_of_a_block_that_is_computed_again() ->
 
 
 def test_products_in_8_bits_are_those_of_layers() -> None:
-    pricer = Pricer(graph("llama"), FSDP)
-    names = {name for op in pricer.layers for name, v in pricer.folded.graph.params.items() if v in op.inputs}
+    layers = pricer().layers
+    names = {name for op in layers for name, v in pricer().folded.graph.params.items() if v in op.inputs}
     assert names and not any("lm_head" in name or "embed" in name for name in names)
     devices = device("h100-sxm"), device("a100-80gb")
     for kind, faster in zip(devices, (True, False), strict=True):
-        task = next(t for t in pricer.work(()).tasks(1) if t.op in pricer.layers)
+        task = next(t for t in pricer().work(()).tasks(1) if t.op in layers)
         task = replace(task, product=Product(1, 8192, 8192, 8192), dtype=torch.bfloat16)
-        plain, eight = (Kernels(kind, eight=ops).backward(task) for ops in ((), pricer.layers))
+        plain, eight = (Kernels(kind, eight=ops).backward(task) for ops in ((), layers))
         # A device without them computes in what it has, and rounds for nothing.
         assert eight < plain if faster else eight > plain
 
@@ -134,8 +139,7 @@ def test_attention_written_for_earlier_devices_is_slower_on_later_ones() -> None
 
 def test_backward_in_two_halves_keeps_as_much_on_every_rank() -> None:
     plan = Plan((PlanAxis(PIPELINE, 4),), ("a", "b", "c"), micro_batches=8)
-    pricer = Pricer(graph("llama"), FSDP)
-    whole = pricer.case(plan.with_(schedule="1f1b"), NODES, 16)
-    halves = pricer.case(plan.with_(schedule="zero-bubble"), NODES, 16)
+    whole = pricer().case(plan.with_(schedule="1f1b"), NODES, 16)
+    halves = pricer().case(plan.with_(schedule="zero-bubble"), NODES, 16)
     assert [whole.in_flight(rank, 4) for rank in range(4)] == [4, 3, 2, 1]
     assert [halves.in_flight(rank, 4) for rank in range(4)] == [4, 4, 4, 4]

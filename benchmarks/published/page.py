@@ -24,9 +24,10 @@ cluster it ran on. Written by `make bench-published`; the tables are not a part 
 A cell is a model on a number of devices. In each table a third of the cells, those whose names hash lowest, are **held
 out**; the numbers of profiles, devices and networks were fitted on the **other** cells, by hand and by term: a few
 numbers for each framework, listed with their values in [How it prices](how-it-prices.md). No number knows a model. Of
-bloom, korthikanti, sc21 and vtrain all cells were looked at when A100s and DeepSpeed were fitted, so that only
-ultrascale shows what fitting does to cells that it has not seen; and there the room that libraries take, and that a
-pipeline's host runs beside the device, were chosen after a look at the picks of all cells.
+bloom, korthikanti, sc21 and vtrain all cells were looked at when A100s and DeepSpeed were fitted. Of the other small
+tables the errors of all cells were on the screen while missing terms were looked for, and numbers were chosen by those
+of the others; only the one cell of fms that is held out could not be priced then. In ultrascale the room that libraries
+take, and that a pipeline's host runs beside the device, were chosen after a look at the picks of all cells.
 
 """
 

@@ -77,7 +77,7 @@ class Case:
         self.data = 1
         for axis in plan.axes:
             self.data *= axis.size if axis.dims == ("batch",) else 1
-        self.shards, self.ahead = besides.shards or self.data, besides.ahead
+        self.shards, self.ahead = min(besides.shards or self.data, self.data), besides.ahead
 
     # -- time --------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ A cell is a model on a number of devices. In each table a third of the cells, th
 out**; the numbers of profiles, devices and networks were fitted on the **other** cells, by hand and by term: a few
 numbers for each framework, listed with their values in [How it prices](how-it-prices.md). No number knows a model. Of
 bloom, korthikanti, sc21 and vtrain all cells were looked at when A100s and DeepSpeed were fitted. Of the other small
-tables the errors of all cells were on the screen while missing terms were looked for, and numbers were chosen by those
+tables the errors of all cells were in view while missing terms were looked for, and numbers were chosen by those
 of the others; only the one cell of fms that is held out could not be priced then. In ultrascale the room that libraries
 take, and that a pipeline's host runs beside the device, were chosen after a look at the picks of all cells.
 

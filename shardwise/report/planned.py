@@ -181,7 +181,8 @@ def title(priced: Priced) -> str:
         words.append(plan.schedule + (f" of {each} stages a rank" if each > 1 else ""))
     if plan.recompute:
         named = not any("*" in pattern for pattern in plan.recompute)
-        words.append(f"recompute of {len(plan.recompute)}" if named else "recompute")
+        count = len(plan.recompute)
+        words.append(f"recompute of {count} block{'s' * (count > 1)}" if named else "recompute")
     if any(dim.startswith("sequence") for axis in plan.axes if axis.name == "tensor" for dim in axis.dims):
         words.append("sequence")
     return ", ".join(words)

@@ -73,11 +73,11 @@ class Found:
 
     @property
     def different(self) -> list[Priced]:
-        """The best plan of each mesh, with weights sharded or not, and with recompute or not; the best first."""
+        """The best plan of each mesh, with weights sharded or not; the best first."""
         found: dict[object, Priced] = {}
         for priced in self.priced:
             plan = priced.plan
-            key = tuple((axis.name, axis.size) for axis in plan.axes), plan.zero == 3, bool(plan.recompute)
+            key = tuple((axis.name, axis.size) for axis in plan.axes), plan.zero == 3
             found.setdefault(key, priced)
         return list(found.values())
 

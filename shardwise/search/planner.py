@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -236,7 +236,8 @@ class Planner:
         pace = 1 / speed
         for rank in kinds.values():
             # Some rank has a fair share of the weights or more; what takes longer to go backward takes longer a step.
-            share = case.tables[rank].whole.scaled(1 / ranks)
+            whole = case.tables[rank].whole
+            share = replace(whole.scaled(1 / ranks), tensors=0 * whole.tensors)  # it may be few large ones
             behind = np.array(pace if micros > 1 else through)
             shown, _, others = case.reduction(rank, share, behind)
             more = max(float(shown), *(float(o) for o in others.values()), 0.0)

@@ -26,8 +26,9 @@ from shardwise.search.space import Shape, Space
 
 _SHARE = 1e-12
 """Relative difference of two prices that rounding makes."""
-_OTHERS, _LONGEST = 10, 60
-"""How many plans that are split differently are wanted beside the best, and how many shapes are priced for them."""
+_OTHERS, _LONGEST, _TRIED = 10, 60, 3
+"""How many plans that are split differently are wanted beside the best, how many shapes are looked at for them, and how
+many of those are priced that have a mesh in common."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ class Found:
         """The best plan of each mesh, with weights sharded or not; the best first."""
         found: dict[object, Priced] = {}
         for priced in self.priced:
-            plan = priced.plan
-            key = tuple((axis.name, axis.size) for axis in plan.axes), plan.zero == 3
-            found.setdefault(key, priced)
+            found.setdefault(_way(priced.plan), priced)
         return list(found.values())
 
     @property
@@ -229,7 +228,8 @@ class Planner:
         speed, through, rest = 0.0, math.inf, math.inf
         for kind, rank in kinds.items():
             times = case.times(rank, case.tables[rank].whole)
-            both = float(times.forward + times.backward)
+            forward = float(times.forward)
+            both = forward + float(times.backward)
             speed += counts[kind] / both
             through = min(through, both)
         # Devices that are not alike share a micro-batch by their speed.
@@ -242,10 +242,10 @@ class Planner:
             shown, _, others = case.reduction(rank, share, behind)
             more = max(float(shown), *(float(o) for o in others.values()), 0.0)
             rest = min(rest, more + float(case.update(rank, share)))
-        # Before a rank's first micro-batch and after its last are the way there and back: where ranks are alike, stages
-        # that get shorter by 1 − 1/micros each have all ranks done at once, which is the best there is.
-        shrinking = through / (1 - (1 - 1 / micros) ** ranks) - micros * pace if len(kinds) == 1 else 0.0
-        filling = {"zero-bubble": 0.0, "interleaved": (ranks - 1) * pace / shape.chunks}.get(shape.schedule, shrinking)
+        staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
+        filling = {"zero-bubble": 0.0, "interleaved": (ranks - 1) * pace / shape.chunks}.get(
+            shape.schedule, staged - micros * pace
+        )
         step = micros * pace + max(filling, 0.0) + rest
         return step * (case.plan.ranks if objective == "cost" else 1)
 
@@ -304,10 +304,13 @@ class Planner:
 
     def _others(self, shapes: Sequence[Shape], found: Found) -> None:
         """Price some shapes more, so that there is something to compare the best plan with."""
+        tried: Counter[object] = Counter()
         for shape in shapes[:_LONGEST]:
             if found.best is None or len(found.different) > _OTHERS:
                 return
-            self._price(shape, found)
+            tried[_way(shape)] += 1
+            if tried[_way(shape)] <= _TRIED:
+                self._price(shape, found)
 
     def _nearest(self, shapes: Sequence[Shape], found: Found) -> None:
         """Of shapes that do not fit the one that comes nearest."""
@@ -323,6 +326,30 @@ class Planner:
             priced = Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))
             if found.tight is None or self.missing(priced) < self.missing(found.tight):
                 found.tight = priced
+
+
+def _way(plan: Plan | Shape) -> object:
+    """What plans that are not told apart have in common: the mesh, and whether weights are sharded."""
+    return tuple((axis.name, axis.size) for axis in plan.axes), plan.zero == 3
+
+
+def _least_1f1b(ranks: int, micros: int, through: float, forward: float) -> float:
+    """Seconds that 1F1B takes at least on alike ranks, however a model is cut.
+
+    Before a rank's first micro-batch and after its last is the way there and back: stages that get shorter by one in
+    `micros` each have all ranks done at once, which is the best that this allows. And a rank has done as many forwards
+    as there are ranks from it on when its first backward may begin, which is behind all of the way there and the way
+    back to it; what it then still has to do adds up, over all ranks, to all work less these forwards.
+
+    Args:
+        ranks: along the pipeline.
+        micros: micro-batches.
+        through: seconds of one micro-batch through all of the model, both ways.
+        forward: of its way there.
+    """
+    shrinking = through / (1 - (1 - 1 / micros) ** ranks)
+    ahead = min(ranks, micros) - 1
+    return max(shrinking, through + ((micros - 1) * through - ahead * forward) / ranks)
 
 
 def _kinds(case: Case) -> dict[tuple[int, int], int]:

@@ -183,15 +183,15 @@ class Rows:
     @cached_property
     def keeps(self) -> Array:
         saved = self._work.saved
-        return self.each([bool(saved[t.op].values or saved[t.op].others) for t in self._tasks]).astype(bool)
+        return self.each([bool(saved[op].values or saved[op].others) for op in self._work.graph.ops]).astype(bool)
 
     @cached_property
     def products(self) -> Array:
-        return self.each([t.kind == PRODUCT for t in self._tasks]).astype(bool)
+        return self.each([kind == PRODUCT for kind in self._work.kinds.values()]).astype(bool)
 
     @cached_property
     def attention(self) -> Array:
-        return self.each([t.kind == ATTENTION for t in self._tasks]).astype(bool)
+        return self.each([kind == ATTENTION for kind in self._work.kinds.values()]).astype(bool)
 
     @cached_property
     def sent(self) -> dict[tuple[str, str], Array]:

@@ -289,7 +289,7 @@ class Case:
         """How many micro-batches a rank's stages hold when they hold the most; some hold them in turns."""
         stages = self.plan.pipeline * each
         if self.plan.schedule == "interleaved":
-            return most_held("interleaved", self.plan.pipeline, stages, self.plan.micro_batches, rank)
+            return most_held(self.plan.pipeline, each, self.plan.micro_batches, rank)
         return [[self.in_flight(rank, stages) / each] * each]
 
     def half_done(self, rank: int) -> int:

@@ -112,24 +112,23 @@ def ahead_seconds(
     return max(clock)
 
 
-@lru_cache(maxsize=1024)
-def most_held(schedule: str, ranks: int, stages: int, micros: int, rank: int) -> tuple[tuple[int, ...], ...]:
-    """When a rank holds activations of the most micro-batches, how many of each of its stages: all ways that come.
+def most_held(ranks: int, each: int, micros: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of how many micro-batches a rank's interleaved stages hold activations when they hold the most together.
 
-    One way, by the mean, for pipelines that are not run.
+    Its first backward comes behind so many forwards (Narayanan et al., 2021), which go round its stages with as many
+    micro-batches as there are ranks; later the first stages are ahead, by as many again at the most.
+
+    Returns:
+        for each stage how many at first, and how many when the first stages have gone ahead as far as they do.
     """
-    each = stages // ranks
-    if stages * micros > _MANY:
-        ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
-        return ((max(1, min(micros * each, ahead) // each),) * each,)
-    held, most, found = [0] * each, 0, dict[tuple[int, ...], None]()
-    for action in _orders(schedule, ranks, stages, micros)[rank]:
-        held[action.stage // ranks] += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-        if sum(held) > most:
-            most, found = sum(held), {}
-        if sum(held) == most:
-            found[tuple(held)] = None
-    return tuple(found)
+    most = min(micros * each, (each - 1) * ranks + 2 * (ranks - rank - 1) + 1)
+    rounds, rest = divmod(most, ranks * each)
+    first = [rounds * ranks + min(max(rest - k * ranks, 0), ranks) for k in range(each)]
+    ahead, left = [], most
+    for _ in range(each):
+        ahead.append(min(left, micros, 2 * ranks))
+        left -= ahead[-1]
+    return tuple(first), tuple(ahead)
 
 
 @lru_cache(maxsize=256)

@@ -1,14 +1,16 @@
 """Where to cut a pipeline: so that its slowest stage is as fast as can be, by dynamic programming over all places.
 
-Exact for the pace of a steady pipeline (`cost.timeline.steady_seconds`) among the places that are looked at. A large
+Exact for the pace of a steady pipeline (`cost.timeline.steady_seconds`) among the places that are looked at, which is
+not quite that of the other schedules nor of a few micro-batches. Where there are few cuts all are priced. A large
 model's places are thinned out: of each short stretch the one that the fewest bytes cross.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,8 @@ _CEILINGS = 24
 """How many times cuts are looked for whose gradients and updates take less than those before."""
 _TABLES = 16
 """Tables of which all stretches are held at a time, some megabytes each."""
+_FEW = 128
+"""Cuts of which all are priced in full."""
 _SCORED = 4
 """How many of the cuts found are priced in full."""
 
@@ -74,6 +78,8 @@ def best_cuts(case: Case, chunks: int, limit: float | None = None, *, objective:
     places = cut_places(case.tables[0])
     if len(places) < stages - 1:
         return None
+    if objective == "time" and math.comb(len(places), stages - 1) <= _FEW:
+        return _best_of_all(case, places, stages, limit)
     bounds = [0, *places, len(case.tables[0].graph.ops)]
     grid = _grid(case, bounds, chunks, limit)
     if grid is None:
@@ -86,6 +92,14 @@ def best_cuts(case: Case, chunks: int, limit: float | None = None, *, objective:
     if len(cuts) < 2:
         return cuts[0] if cuts else None
     return min(cuts, key=lambda c: case.estimate(c).step)
+
+
+def _best_of_all(case: Case, places: Sequence[int], stages: int, limit: float | None) -> list[int] | None:
+    """The best of all cuts, each priced in full."""
+    found = [(case.estimate(cuts), cuts) for cuts in map(list, combinations(places, stages - 1))]
+    if limit != math.inf:
+        found = [(e, cuts) for e, cuts in found if e.fits and (limit is None or e.peak <= limit)]
+    return min(found, key=lambda each: each[0].step)[1] if found else None
 
 
 class _Grid(NamedTuple):

@@ -23,7 +23,7 @@ from shardwise.job import Job
 from shardwise.machine.cluster import Cluster, Node
 from shardwise.machine.device import device, network
 from shardwise.machine.quantity import Quantity
-from shardwise.plan.plan import Plan
+from shardwise.plan.plan import Plan, PlanAxis
 from shardwise.search.choose import planner_of, search
 from shardwise.search.cuts import cut_places
 from shardwise.search.explain import explain
@@ -163,6 +163,34 @@ def test_no_more_is_computed_again_than_memory_asks_for() -> None:
     assert [len(blocks) for blocks in plans[:3]] == [0, 4, 6] and plans[3:] == [("*",)], "and 0.6 is too little"
     steps = [best.estimate.step for best in found if best is not None]
     assert steps == sorted(steps)
+
+
+class Sorted(nn.Module):
+    """Rows in the order of their first entries, a layer, and back in the order they had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(1024, 1024), nn.Linear(1024, 1024)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        order = y[:, 0].argsort()
+        found: torch.Tensor = self.second(y[order].relu())[order.argsort()]
+        return found
+
+
+def test_samples_that_are_sorted_are_gathered_and_that_is_priced() -> None:
+    """The rows travel before they are sorted and before they are put back, and their gradients too."""
+    data = TensorDataset(torch.zeros(512, 1024), torch.zeros(512, 1024))
+    job = Job(model=Sorted, data=data, loss=lambda out, batch: (out - batch[1]).square().mean(), global_batch=512)
+    pricer, plain = Pricer(Graph.of(job)), Pricer(graph_of((1024, 1024, 1024)))
+    cluster, plan = Cluster.load("2x1xa100-80gb"), Plan((PlanAxis("data", 2, ("batch",)),))
+    one, two = (pricer.price(p, cluster, 100_000) for p in (Plan(), plan))
+    assert not plain.coupled and pricer.coupled
+    assert two.seconds["compute"] == pytest.approx(one.seconds["compute"] / 2, rel=0.1), "the products are split"
+    sent = two.seconds["communication data"] - plain.price(plan, cluster, 100_000).seconds["communication data"]
+    link = cluster.path([0, 1])
+    assert sent > 3.5 * link.seconds("all_gather", 100_000 * 1024 * 4)
 
 
 def test_an_interrupt_gives_the_best_so_far_and_its_gap() -> None:

@@ -63,6 +63,23 @@ def test_clusters_are_found_by_device_and_network() -> None:
     assert rows.cluster_of(other) == "2x8xh100-sxm+aws-efa"
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "device"),
+    [
+        ("A100-80GB SXM4", "a100-80gb"), ("A100-40GB", "a100-40gb"), ('A100 ("Ampere")', "a100-80gb"),
+        ("A800-80GB", "a100-80gb"), ("H100", "h100-sxm"), ("H100-80GB 700W", "h100-sxm"), ("V100", "v100-32gb"),
+        ("H100-96GB (HBM2e, 500W)", "h100-sxm-hbm2e"), ("GB300", "gb300"), ("TPU v5p", "tpu-v5p"),
+    ],
+)  # fmt: skip
+def test_devices_are_known_by_the_names_that_tables_have(accelerator: str, device: str) -> None:
+    assert rows.device_of(accelerator).name == device
+
+
+def test_a_device_that_is_not_known_is_not_taken_for_another() -> None:
+    with pytest.raises(ValueError, match="accelerator MI300X"):
+        rows.device_of("MI300X")
+
+
 def test_what_takes_longer_costs_more() -> None:
     assert step() < step(global_batch="128")
     assert step() > step(recompute="none")

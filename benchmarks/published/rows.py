@@ -26,6 +26,7 @@ from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
+from shardwise.machine.device import Device, device, known_devices
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 from shardwise.search.space import layer_patterns
 
@@ -167,15 +168,9 @@ def shape_of(row: Mapping[str, str]) -> Shape:
 
 def cluster_of(row: Mapping[str, str]) -> str:
     """The cluster of a row, by name."""
-    text, net = row["accelerator"].lower(), (row.get("interconnect") or "").lower()
-    known = {"h100": "h100-sxm", "h200": "h200", "gb200": "gb200", "b200": "b200", "v100": "v100-32gb", "p40": "p40"}
-    device = next((name for key, name in sorted(known.items(), key=lambda k: -len(k[0])) if key in text), None)
-    if device == "h100-sxm" and "hbm2e" in text:
-        device = "h100-sxm-hbm2e"
-    if device is None:
-        device = "a100-40gb" if "40gb" in text else "a100-80gb"
+    device, net = device_of(row["accelerator"]), (row.get("interconnect") or "").lower()
     ranks = int(number(row, "n_gpus"))
-    each = min(ranks, int(number(row, "gpus_per_node", 72 if device == "gb200" else 8)))
+    each = min(ranks, int(number(row, "gpus_per_node", device.node.value)))
     names = (
         ("efa", "aws-efa"),
         ("omni", "omni-path"),
@@ -188,7 +183,23 @@ def cluster_of(row: Mapping[str, str]) -> str:
     if row["table"] == "torchtitan" and not net:
         # The source does not say; the launch script in its repository is for AWS, whose A100s have EFA.
         network = "+aws-efa-400"
-    return f"{math.ceil(ranks / each)}x{each}x{device}{network}"
+    return f"{math.ceil(ranks / each)}x{each}x{device.name}{network}"
+
+
+def device_of(accelerator: str) -> Device:
+    """The shipped device that an accelerator's name means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    words = set(re.findall(r"[a-z0-9]+", accelerator.lower().replace("a800", "a100")))  # an A100 with fewer links
+    parts = {name: name.split("-") for name in known_devices()}
+    # Of those of this model that with the most words in common, of these the plainest, of these the largest.
+    models = {name: next(p for p in (*those, "") if not p.isalpha()) for name, those in parts.items()}
+    shared = {name: len(words & set(parts[name])) for name, model in models.items() if model in words}
+    if not shared:
+        raise ValueError(f"accelerator {accelerator}")
+    return device(max(shared, key=lambda name: (shared[name], -name.count("-"), name)))
 
 
 FRAMEWORKS = {

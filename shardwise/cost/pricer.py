@@ -17,9 +17,10 @@ from shardwise.cost.kernels import Kernels
 from shardwise.cost.place import Place, loads, places
 from shardwise.cost.profile import NOTHING, PROFILES, Besides, Profile
 from shardwise.cost.table import Again, Rows, Table, Weights
-from shardwise.cost.work import Work
+from shardwise.cost.work import Work, counts_samples
 from shardwise.errors import PlanError
 from shardwise.graph.blocks import Block, blocks
+from shardwise.graph.dims import BATCH
 from shardwise.graph.fold import Folded, fold
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.saved import Saved, saved
@@ -71,7 +72,8 @@ class Pricer:
                 f"the plan needs {plan.ranks} ranks, but cluster {cluster.name} has {cluster.ranks}; "
                 "give a larger cluster, or a plan for fewer ranks"
             )
-        others = [a for a in plan.axes if a.name != PIPELINE and a.dims != ("batch",)]
+        data = [a.size for a in plan.axes if a.dims == ("batch",) and self.coupled]
+        others = [a for a in plan.axes if a.name != PIPELINE and (a.dims != ("batch",) or data)]
         inner = tuple(SplitAxis(a.name, a.size, a.dims) for a in others)
         samples = math.ceil(batch / plan.micro_batches)
         # With its cluster, so that no other gets the id.
@@ -82,7 +84,7 @@ class Pricer:
         def loaded(place: Place) -> tuple[Table, Table, Place]:
             """The tables of a place's slowest and of its fullest ranks, and the place with what these have."""
             each = [
-                (self.table(inner, load.samples, load.device, plan.recompute, besides), load)
+                (self.table(inner, load.samples * math.prod(data), load.device, plan.recompute, besides), load)
                 for load in loads(plan, cluster, place, samples)
             ]
             if len(each) == 1:
@@ -95,6 +97,16 @@ class Pricer:
         made = {key: loaded(place) for key, place in {id(place): place for place in where}.items()}
         tables, held, there = zip(*(made[id(place)] for place in where), strict=True)
         return Case(plan, self.profile, tables, held, there, self.copies, besides)
+
+    @cached_property
+    def coupled(self) -> bool:
+        """Whether operators on parameters' results need all samples at once, so that these are gathered for them."""
+        graph = self.folded.graph
+        return any(
+            any(v in graph.learned and counts_samples(v) for v in op.inputs)
+            and not any(letter.dim.size == BATCH for letter in op.letters)
+            for op in graph.ops
+        )
 
     @cached_property
     def copies(self) -> int:

@@ -110,7 +110,8 @@ class Weights:
 
     def __init__(self, folded: Folded, work: Work, each: int) -> None:
         graph = folded.whole
-        self.axes = [axis.name for axis in work.axes if axis.size > 1]
+        # Those over the batch are summed apart, together.
+        self.axes = [axis.name for axis in work.axes if axis.size > 1 and axis.dims != ("batch",)]
         first = np.zeros((len(graph.ops) + 1, 3 + len(self.axes)))
         self._repeated: list[tuple[int, int, Array]] = []
         for name, uses in folded.uses.items():

@@ -75,7 +75,7 @@ class Work:
 
     Args:
         graph: the captured model.
-        axes: the mesh axes that split other dims than the batch.
+        axes: the mesh axes that split other dims than the batch; all of them where operators need all samples.
         saved: what each operator keeps for backward.
         fused: which operators bound by memory run as one where they follow each other: "none", those of one module
             ("modules": a norm, an activation), or "all".
@@ -264,7 +264,7 @@ class Work:
                 scores = op.context.inputs[0].value
                 size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
                 forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
-        for value in self._shared[op]:
+        for value in self._shared[op] if not any(axis.dims == ("batch",) for axis in self.axes) else ():
             # Not made of parameters alone, so that its gradient is summed at once, not with theirs after backward.
             backward.append(Message(DATA, "all_reduce", self.local_bytes(value, samples)))
         if op.name in _BATCH_NORMS:
@@ -295,10 +295,10 @@ class Work:
         found: dict[Op, list[Value]] = {}
         for op in self.graph.ops:
             mine = found.setdefault(op, [])
-            if not any(_counts_samples(v) for v in op.outputs):
+            if not any(counts_samples(v) for v in op.outputs):
                 continue
             for value in op.inputs:
-                if value in self.graph.needs_grad and not _counts_samples(value) and value not in seen:
+                if value in self.graph.needs_grad and not counts_samples(value) and value not in seen:
                     seen.add(value)
                     if value not in self.graph.steady:
                         mine.append(value)
@@ -378,7 +378,8 @@ class Work:
             value = producer.inputs[0]
 
 
-def _counts_samples(value: Value) -> bool:
+def counts_samples(value: Value) -> bool:
+    """Whether a tensor is larger with more samples."""
     return any(size.at(1) != size.at(2) for size in value.sizes)
 
 

@@ -102,6 +102,10 @@ class _Only(Layout):
     def _pick(self, op: Op, axis: SplitAxis, cut_by: Any) -> Letter | None:
         return self.letter
 
+    def grad_axes(self, value: Value) -> tuple[int, ...]:
+        """None: gradients are taken of what this one operator is given, and summed by the check."""
+        return ()
+
 
 def check(whole: Whole, op: Op, letter: Letter, parts: int) -> None:
     """Run an operator by parts, join what the parts computed, and compare values and gradients.

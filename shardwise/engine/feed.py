@@ -91,9 +91,10 @@ def check_parts(plan: Plan, total: int) -> None:
     if least < 1:
         parts = plan.micro_batches * math.prod(sum(axis.shares) or axis.size for axis in axes)
         shared = "".join(f", shared out {':'.join(map(str, axis.shares))}" for axis in axes if axis.shares)
+        ranks = math.prod(axis.size for axis in axes)
         raise PlanError(
-            f"a batch of {total} samples cannot be cut into {plan.micro_batches} micro-batches on "
-            f"{math.prod(axis.size for axis in axes)} data ranks{shared}; give at least {parts} samples"
+            f"a batch of {total} samples cannot be cut into {plan.micro_batches * ranks} parts "
+            f"({plan.micro_batches} micro-batches on {ranks} data ranks{shared}); give at least {parts} samples"
         )
 
 

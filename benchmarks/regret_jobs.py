@@ -83,26 +83,13 @@ class Bag(nn.Module):
         return y
 
 
-@dataclass(frozen=True)
-class Ids(Drawn):
-    """Ids, and one class."""
-
-    length: int
-    vocab: int
-    classes: int
-
-    def sample(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(self.vocab, (self.length,), generator=draw)
-        return ids, torch.randint(self.classes, (), generator=draw)
-
-
 def embedding() -> Job:
     """A wide MLP of 7.4 million parameters behind a table of 6.4 million, 16 ids a sample."""
 
     def model() -> nn.Module:
         return Layered(Bag(100_000, 64), Dense(1024, 2048), Dense(2048, 2048), Dense(2048, 512), nn.Linear(512, 32))
 
-    data = Ids(16, 100_000, 32)
+    data = Tokens(16, 100_000, 32, pooled=True)
     return Job(model=model, data=data, loss=labels_loss, optimizer=adamw, global_batch=256, name="embedding")
 
 

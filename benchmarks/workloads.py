@@ -40,15 +40,16 @@ class Drawn(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Tokens(Drawn):
-    """Inputs and targets."""
+    """Inputs, and a target for each; or one for all, where they are `pooled`."""
 
     length: int
     vocab: int
     classes: int
+    pooled: bool = False
 
     def sample(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         x = torch.randint(self.vocab, (self.length,), generator=draw)
-        return x, torch.randint(self.classes, (self.length,), generator=draw)
+        return x, torch.randint(self.classes, () if self.pooled else (self.length,), generator=draw)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,9 @@ from shardwise.search.candidate import Candidate, NotApplicable
 from shardwise.search.cuts import cut_places
 from shardwise.search.dims import SEQUENCE
 from shardwise.search.planner import Found, Planner
-from shardwise.search.space import SPLIT, Options, Space, divisors, recomputed
+from shardwise.search.space import MOST_INNER, SPLIT, Options, Space, divisors, recomputed
 from shardwise.search.strategies import STRATEGIES, Maker, maker_of
 from shardwise.search.uncaptured import ModuleMaker
-
-_MOST_SPLIT = 64
-"""Ranks of an axis at most that splits other dims than the batch: every layer waits for all of them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def search(
 def planner_of(maker: Maker, cluster: Cluster, ranks: int, options: Options) -> Planner:
     """What looks for the best plan over so many ranks of a cluster."""
     folded, job = maker.pricer.folded, maker.job
-    sizes = [n for n in divisors(ranks) if 1 < n <= _MOST_SPLIT]
+    sizes = [n for n in divisors(ranks) if 1 < n <= MOST_INNER]
     dims = {name: {n: _choices(maker, name, n) for n in sizes if options.fixed.get(name) != 1} for name in SPLIT}
     again = recomputed(maker.graph) if options.recompute else [()]
     table = maker.pricer.table((), 1, cluster.nodes[0].device, ())

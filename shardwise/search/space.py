@@ -143,7 +143,7 @@ class Space:
                 sizes = {"pipeline": pipeline, "data": data, **dict(zip(SPLIT, others, strict=True))}
                 if rest or not data or self.options.fixed.get("data", data) != data:
                     continue
-                if math.prod(others) > _MOST_INNER:
+                if math.prod(others) > MOST_INNER:
                     continue
                 spread = data * sizes["expert"]
                 if spread > 1 and (not self.splits_batch or self.batch % spread):
@@ -212,7 +212,7 @@ class Space:
 
 _FINEST = 64
 """Shares for each rank in the mean at most, so that people can read them."""
-_MOST_INNER = 64
+MOST_INNER = 64
 """Ranks at most that a layer waits for, along all axes that split it."""
 _MOST_HALVES = 512
 """Micro-batches times ranks beyond which backward in two halves is not tried: filling takes a small part of a step."""

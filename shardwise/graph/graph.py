@@ -16,6 +16,7 @@ from shardwise.graph.capture import Captured, capture, is_getitem
 from shardwise.graph.dims import BATCH, ONE, Dim, Size
 from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import RULES, Letter, OpContext, Operand, Slot, Value, operator_name
+from shardwise.graph.rules.order import Orders, Region
 from shardwise.job import Batch, Job
 
 
@@ -64,6 +65,7 @@ class Graph:
         captured: the fx graph and what its placeholders are.
         ops: operators in execution order.
         values: the tensors that each fx node produces.
+        regions: operators on rows in the order of a sort; see `rules.order`.
     """
 
     def __init__(self, captured: Captured, trainable: frozenset[str]) -> None:
@@ -73,6 +75,7 @@ class Graph:
         self.ops: list[Op] = []
         self._iota: dict[Value, int] = {}
         self._counts: dict[str, int] = {}
+        self._orders = Orders()
         for node in captured.graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = (self._value(node.name, node.meta["val"]),)
@@ -83,6 +86,9 @@ class Graph:
                 self._add(node)
         for op in self.ops:
             op.letters = tuple(op.context.letters())
+        self.regions, kept = self._orders.settle([op.letters for op in self.ops])
+        for index, letters in kept.items():
+            self.ops[index].letters = letters
         self._name_dims()
 
     @classmethod
@@ -116,6 +122,16 @@ class Graph:
         """Parameter name to its tensor, for those that the loss depends on."""
         names = self.captured.params
         return {names[n.name]: v[0] for n, v in self.values.items() if n.name in names and n.users}
+
+    @cached_property
+    def region(self) -> Mapping[Op, Region]:
+        """The region of each operator that is in one."""
+        return {self.ops[index]: region for region in self.regions for index in region.ops}
+
+    @cached_property
+    def tallies(self) -> frozenset[Value]:
+        """Tensors that were counted over the rows of a region, which each rank needs of its own rows."""
+        return self._orders.tallies
 
     @cached_property
     def producer(self) -> Mapping[Value, Op]:
@@ -270,8 +286,10 @@ class Graph:
         context.iota = {o.slot: self._iota[o.value] for o in inputs if o.value in self._iota}
         name = operator_name(node.target)
         known = name in RULES
+        self._orders.enter(context)
         if known:
             RULES[name](context)
+        self._orders.leave(len(self.ops), context)
         self._trace_iota(name, context)
         short = name.rpartition(".")[2]  # of several namespaces
         count = self._counts[short] = self._counts.get(short, -1) + 1

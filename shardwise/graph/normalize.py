@@ -2,6 +2,7 @@
 
 - A bias is added after its contraction, so that a split contraction can be reduced in between.
 - A mean over samples is a sum divided by a count, so that ranks with unequal counts agree.
+- Where rows are put back in the order that they had before a sort, the inverse of the sort has an operator of its own.
 - Dropout and random numbers name their operator, so that they are functions of seed, step and position.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardwise.graph import permutation
 from shardwise.graph.draws import DRAWS, refuse_draws
 from shardwise.graph.rewrite import Rewriter, arguments, shape
 
@@ -216,6 +218,10 @@ _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.cross_entropy_loss": _cross_entropy,
     "aten.nll_loss_nd": _cross_entropy,
     "aten.nll_loss": _cross_entropy,
+    "aten.index_put": permutation.written,
+    "aten.scatter": permutation.written,
+    "aten.sort": permutation.sorted_again,
+    "aten.argsort": permutation.sorted_again,
     "aten.new_empty": _constant,
     "aten.new_full": _constant,
     "aten.new_ones": _constant,

@@ -14,6 +14,7 @@ reshaped bias, passes its partial gradient on to them, so that it is summed with
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from typing import NamedTuple
 from torch import fx
 
 from shardwise.errors import PlanError
-from shardwise.graph.dims import BATCH, Size, product
+from shardwise.graph.dims import BATCH, Dim, Size, product
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Letter, Slot, Value
+from shardwise.graph.rules.order import Region
 from shardwise.graph.rules.shape import NOMINAL_BATCH
 
 
@@ -95,6 +97,7 @@ class Layout:
         self.axes = tuple(axes)
         self.choices: dict[Op, tuple[Choice, ...]] = {}
         self.states: dict[Value, States] = {}
+        self._rows = {region: self._rows_of(region) for region in graph.regions}
         self._readers = Counter(v for op in graph.ops for v in set(op.inputs))
         self._place_inputs()
         for op in graph.ops:
@@ -111,7 +114,8 @@ class Layout:
         for choice in self.choices[op]:
             if choice.letter is not None:
                 place = choice.letter.place(slot)
-                found.append(Cut(place.pos, place.leaf) if place else VARIES)
+                apart = PARTIAL if slot in choice.letter.partials else VARIES
+                found.append(Cut(place.pos, place.leaf) if place else apart)
             elif choice.passes:
                 found.append(PARTIAL if slot in choice.passes else VARIES)
             else:
@@ -205,11 +209,15 @@ class Layout:
     def _pick(self, op: Op, axis: SplitAxis, cut_by: Mapping[Letter, int]) -> Letter | None:
         learned = any(o.value in self.graph.learned for o in op.context.outputs)
         a = self.axes.index(axis)
+        region = self.graph.region.get(op)
+        rows = self._rows[region][a] if region is not None else None
+        if rows is not None:
+            return next(letter for letter in op.letters if letter.region is region and letter.dim is rows)
         best: tuple[int, int, int] | None = None
         found = None
         for n, letter in enumerate(op.letters):
             rank = axis.matches(letter.dim.name)
-            if rank is None or not divides(letter, axis.size * cut_by.get(letter, 1)):
+            if rank is None or letter.region is not None or not divides(letter, axis.size * cut_by.get(letter, 1)):
                 continue
             # What depends on the batch alone is cheap to compute and needs no gradient: only the batch itself is cut.
             if not learned and letter.dim.size != BATCH:
@@ -225,10 +233,32 @@ class Layout:
                 best, found = key, letter
         return found
 
+    def _rows_of(self, region: Region) -> tuple[Dim | None, ...]:
+        """For each axis the dim of rows that a region's operators split: all of them, where rows come first, or none.
+
+        What comes first is the first of the axis's dims that any of them has.
+        """
+        found: list[Dim | None] = []
+        ops = [self.graph.ops[index] for index in region.ops]
+        letters = [letter for op in ops for letter in op.letters if any(v in self.graph.learned for v in op.outputs)]
+        for axis in self.axes:
+            best: tuple[int, bool] | None = None
+            pick = None
+            for letter in letters:
+                rank, mine = axis.matches(letter.dim.name), letter.region is region
+                parts = axis.size * math.prod(a.size for a, d in zip(self.axes, found, strict=False) if d is letter.dim)
+                if rank is not None and divides(letter, parts) and (best is None or (rank, mine) < best):
+                    best, pick = (rank, mine), letter.dim if mine else None
+            found.append(pick)
+        return tuple(found)
+
     def _passes(self, op: Op, axis: int) -> frozenset[Slot]:
         """The inputs whose partial sums an operator passes on, being linear in them together; none if it should not."""
         none: frozenset[Slot] = frozenset()
         partial = frozenset(o.slot for o in op.context.inputs if self._produced(o.value)[axis] == PARTIAL)
+        tallies = frozenset(s for s in partial if op.context.operand(s).value in self.graph.tallies)
+        if tallies and all(v in self.graph.tallies for v in op.outputs):
+            return tallies
         learned = frozenset(s for s in partial if op.context.operand(s).value in self.graph.learned)
         if self.axes[axis].name == TIME:
             # Sums over micro-batches of what depends on the batch alone are made beforehand.

@@ -12,6 +12,7 @@ from torch import fx
 
 from shardwise.graph import dims
 from shardwise.graph.dims import ONE, Dim, Size
+from shardwise.graph.rules.order import Meaning, Order, Region
 
 _NOTHING = Size(0)
 
@@ -83,12 +84,16 @@ class Letter:
 
     `sums`: outputs without the letter are sums over it, so a split leaves partial sums there.
     `special`: the operator must be lowered specially where this letter is split; names the lowering.
+    `partials`: inputs that are not summed where it is split, each rank's being of its own rows.
+    `region`: for rows in the order of a sort, the operators that have to split them alike.
     """
 
     dim: Dim
     places: tuple[Place, ...]
     sums: bool
     special: str
+    partials: frozenset[Slot] = frozenset()
+    region: Region | None = None
 
     def place(self, slot: Slot) -> Place | None:
         return next((p for p in self.places if p.slot == slot), None)
@@ -117,6 +122,14 @@ class OpContext:
     majors: dict[tuple[Slot, int], Size] = field(default_factory=dict)
     iota: dict[Slot, int] = field(default_factory=dict)
     independent: set[Slot] = field(default_factory=set)
+    orders: dict[tuple[Slot, int], Order] = field(default_factory=dict)
+    means: dict[Slot, Meaning] = field(default_factory=dict)
+    mixed: set[Order] = field(default_factory=set)
+    ordered: bool = False
+    counts: Value | None = None
+    sources: dict[Slot, Value] = field(default_factory=dict)
+    source: Callable[[Value], Value] = lambda value: value
+    unsummed: dict[tuple[Slot, int], frozenset[Slot]] = field(default_factory=dict)
     linear: tuple[frozenset[Slot], ...] = ()
     size_args: dict[str, Slot] = field(default_factory=dict)
     work: Size = _NOTHING
@@ -192,6 +205,10 @@ class OpContext:
     def block(self, a: Operand, i: int) -> None:
         """The operator needs this position whole."""
         self.blocked.add((a.slot, i % a.ndim))
+
+    def leave_partial(self, a: Operand, i: int, other: Operand) -> None:
+        """Where this position is split, each rank takes its own part of a sum: `other` is not summed over the ranks."""
+        self.unsummed[a.slot, i % a.ndim] = frozenset({other.slot})
 
     def linear_in(self, *groups: Operand | Sequence[Operand]) -> None:
         """The operator is linear in each group of operands taken together, so partial sums may pass through it."""
@@ -308,7 +325,8 @@ class OpContext:
             return None
         if dim.size.expression or (dim.size.power and dim.size != dims.BATCH):
             return None
-        return Letter(dim, tuple(sorted(places)), bool(summed), special)
+        partials = frozenset[Slot]().union(*(self.unsummed.get(key, ()) for key in at))
+        return Letter(dim, tuple(sorted(places)), bool(summed), special, partials)
 
     def _leaf_places(self, places: Sequence[tuple[Slot, int]], skip: Size) -> list[Place]:
         found = []

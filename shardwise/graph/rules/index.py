@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardwise.graph.rules import order
 from shardwise.graph.rules.context import OpContext, Operand
 from shardwise.graph.rules.table import rules
 
@@ -23,8 +24,11 @@ def index(c: OpContext) -> None:
     for t in tensors:
         for back in range(1, t.ndim + 1):
             c.broadcast(t, -back, c.out, start + width - back)
-    for i, t in zip(used, tensors, strict=True):
-        _identity(c, x, i, t, start + width - t.ndim)
+    if len(used) == 1 and order.numbered(c, x, used[0], tensors[0]):
+        order.arrange(c, c.out, start, tensors[0])
+    else:
+        for i, t in zip(used, tensors, strict=True):
+            _identity(c, x, i, t, start + width - t.ndim)
     c.linear_in(x)
 
 
@@ -42,6 +46,8 @@ def index_select(c: OpContext) -> None:
     dim = int(c.arguments["dim"]) % x.ndim
     c.same(x, c.out, but=[dim])
     c.tie(at, 0, c.out, dim)
+    if order.numbered(c, x, dim, at):
+        order.arrange(c, c.out, dim, at)
     c.linear_in(x)
 
 
@@ -88,6 +94,11 @@ def other_positions(c: OpContext) -> None:
     x = c.inputs[0]
     dim = int(c.arguments.get("dim", 0)) % x.ndim
     c.same(x, c.out, but=[dim])
+    at, source = c.tensor("index"), c.tensor("source")
+    if at and source and source.ndim == x.ndim and order.numbered(c, x, dim, at, [(source.slot, dim)]):
+        c.tie(x, dim, c.out, dim)
+        c.tie(at, 0, source, dim)
+        order.arrange_as(c, c.out, dim, x)
     for other in c.inputs[1:]:
         if other.ndim == x.ndim:
             c.same(x, other, but=[dim])

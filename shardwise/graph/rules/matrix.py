@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from shardwise.graph.dims import Size, product
+from shardwise.graph.rules import order
 from shardwise.graph.rules.context import OpContext, Operand
 from shardwise.graph.rules.table import rules
 
@@ -243,7 +244,10 @@ def grouped_mm(c: OpContext) -> None:
     c.sum_over(x, 1)
     c.tie(w, 2, c.out, 1)
     c.sum_over(w, 0, "experts")
-    c.block(x, 0)
+    if order.grouped(c, x, c.inputs[2]) and w.size(0) == c.inputs[2].size(0):
+        c.leave_partial(x, 0, c.inputs[2])
+    else:
+        c.block(x, 0)
     c.hint(w, 0, "experts")
     c.hint(w, 2, "width")
     c.linear_in(x)

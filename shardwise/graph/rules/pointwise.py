@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardwise.graph.dims import Size
+from shardwise.graph.rules import order
 from shardwise.graph.rules.context import OpContext, Operand
 from shardwise.graph.rules.table import rule, rules
 
@@ -17,7 +18,7 @@ UNARY = [
 ]  # fmt: skip
 
 BINARY = [
-    "atan2", "eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum", "pow", "fmod", "remainder", "floor_divide",
+    "atan2", "eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum", "pow", "fmod",
     "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift",
     "bitwise_right_shift", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "fmax", "fmin", "hypot",
     "where", "masked_fill", "lerp", "addcmul", "addcdiv", "xlogy", "prelu_", "isclose", "logaddexp", "copysign",
@@ -33,6 +34,33 @@ LINEAR_UNARY = [
 @rules(UNARY + BINARY)
 def pointwise(c: OpContext) -> None:
     c.elementwise(c.inputs)
+
+
+@rules(["floor_divide", "remainder"])
+def whole_division(c: OpContext) -> None:
+    c.elementwise(c.inputs)
+    if len(c.inputs) == 1:
+        divided_rows(c, c.node_name() == "aten.remainder")
+
+
+def divided_rows(c: OpContext, rest: bool) -> None:
+    """Numbers of rows become numbers of groups of rows, or places in these, where ranks have whole groups."""
+    x, by = c.inputs[0], c.arguments.get("other")
+    meaning = c.means.get(x.slot)
+    if meaning is None or meaning.kind != order.ROWS or not isinstance(by, int) or by < 1:
+        return
+    each = meaning.each * by
+    groups = x.value.numel().divide(each)
+    if x.ndim != 1 or groups is None or c.inputs[1:]:
+        return
+    c.only_major(x, 0, groups)
+    c.only_major(c.out, 0, groups)
+    if not rest:
+        c.means[c.out.slot] = meaning._replace(each=each)
+    elif not meaning.each.one:
+        return
+    order.arrange_as(c, c.out, 0, x)
+    c.ordered = True
 
 
 @rules(LINEAR_UNARY)
@@ -53,6 +81,7 @@ def addition(c: OpContext) -> None:
 def multiplication(c: OpContext) -> None:
     c.elementwise(c.inputs)
     if c.arguments.get("rounding_mode") is not None:
+        divided_rows(c, rest=False)
         return
     first_only = c.node_name().startswith(("aten.div", "aten.true_divide")) or len(c.inputs) == 1
     c.linear_in(*(c.inputs[:1] if first_only else c.inputs))
@@ -121,7 +150,45 @@ def softmax(c: OpContext) -> None:
     c.same(x, c.out, but=[int(c.arguments["dim"])])
 
 
-@rules(["cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "topk", "argsort", "cummax", "diff", "kthvalue"])
+@rules(["sort", "argsort"])
+def sort(c: OpContext) -> None:
+    """Rows are sorted wherever they are; of several dims, those besides the sorted one are tied."""
+    x = c.inputs[0]
+    if x.ndim == 1:
+        order.sort(c, x, c.outputs[0] if c.outputs[1:] else None, c.outputs[-1], not c.arguments.get("descending"))
+        return
+    for out in c.outputs:
+        c.same(x, out, but=[int(c.arguments.get("dim", -1))])
+
+
+@rule("shardwise.inverse")
+def inverse(c: OpContext) -> None:
+    x = c.inputs[0]
+    c.tie(x, 0, c.out, 0)
+    meaning = c.means.get(x.slot)
+    if meaning is None or meaning.kind != order.ROWS or not meaning.each.one:
+        c.block(x, 0)
+        return
+    c.means[c.out.slot] = order.Meaning(order.ROWS, meaning.into, meaning.order)
+    if meaning.into is not None:
+        c.orders[c.out.slot, 0] = meaning.into
+    c.ordered = True
+
+
+@rules(["histc"])
+def histogram(c: OpContext) -> None:
+    """Between given bounds; of whole numbers, with a bin for each of 0, 1, 2, ..., it counts these."""
+    x, low, high = c.inputs[0], c.arguments.get("min", 0), c.arguments.get("max", 0)
+    if low == high:
+        return
+    for pos in range(x.ndim):
+        c.sum_over(x, pos)
+    whole_numbers = not c.source(x.value).dtype.is_floating_point
+    if x.ndim == 1 and low == 0 and high == c.out.size(0).coefficient - 1 and whole_numbers:
+        order.count(c, x, c.out)
+
+
+@rules(["cumsum", "cumprod", "logcumsumexp", "flip", "roll", "topk", "cummax", "diff", "kthvalue"])
 def along(c: OpContext) -> None:
     x = c.inputs[0]
     spec = c.arguments.get("dims", c.arguments.get("dim", -1))
@@ -134,6 +201,9 @@ def along(c: OpContext) -> None:
         c.same(x, other, but=[int(d) for d in listed])
     if c.node_name() in ("aten.cumsum", "aten.flip", "aten.roll"):
         c.linear_in(x)
+    meaning = c.means.get(x.slot)
+    if c.node_name() == "aten.cumsum" and x.ndim == 1 and meaning is not None and meaning.kind == order.COUNTS:
+        c.means[c.out.slot] = meaning._replace(kind=order.ENDS)
 
 
 @rules(["logsumexp", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "var", "std", "norm",

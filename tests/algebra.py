@@ -145,7 +145,7 @@ def check(whole: Whole, op: Op, letter: Letter, parts: int) -> None:
         wanted = [v for v in needs if v in graph.needs_grad and v.name in program.inputs]
         grads: Sequence[Tensor | None] = [None] * len(wanted)
         if pairs and wanted:
-            total = sum(((t * g).sum() for t, g in pairs), torch.zeros((), dtype=torch.float64))
+            total = sum(((t * g).sum().real for t, g in pairs), torch.zeros((), dtype=torch.float64))
             grads = torch.autograd.grad(total, [tensors[v.name] for v in wanted], allow_unused=True)
         zero = {v: torch.zeros_like(tensors[v.name]) for v in wanted}
         return list(found), {v: zero[v] if g is None else g for v, g in zip(wanted, grads, strict=True)}
@@ -194,7 +194,7 @@ def _geometry(value: Value, state: Cut, samples: int) -> tuple[int, int]:
 
 def _same(found: Tensor, true: Tensor, what: str) -> None:
     assert found.shape == true.shape, f"{what}: shape {tuple(found.shape)} instead of {tuple(true.shape)}"
-    if not true.is_floating_point():
+    if not true.is_floating_point() and not true.is_complex():
         assert torch.equal(found, true), f"{what}: values differ"
         return
     infinite = torch.isinf(true)

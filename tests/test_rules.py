@@ -134,6 +134,12 @@ CASES: dict[str, Case] = {
     "rms_norm": (lambda x, i, w: F.rms_norm(x, (6,), w), (4, 6), ((6,),)),
     "group_norm": (lambda x, i, w, b: F.group_norm(x, 4, w, b), (8, 6), ((8,), (8,))),
     "instance_norm": (lambda x, i: F.instance_norm(x), (4, 6), ()),
+    "polar": (lambda x, i, w: torch.view_as_real(torch.polar(x, x * w)), (4, 6), ((6,),)),
+    "complex": (
+        lambda x, i, w, v: (torch.view_as_complex((x * w).unflatten(-1, (3, 2))) * torch.complex(v, v)).abs(),
+        (4, 6), ((6,), (3,)),
+    ),
+    "fft": (lambda x, i, w: torch.fft.fft(x * w, dim=1).real + torch.fft.irfft(torch.fft.rfft(x)), (4, 6), ((6,),)),
     "softmax": (lambda x, i: x.softmax(1), (4, 6), ()),
     "log_softmax": (lambda x, i: x.log_softmax(-1), (4, 6), ()),
     "logsumexp": (lambda x, i: x.logsumexp(1), (4, 6), ()),
@@ -275,6 +281,19 @@ def test_the_dims_of_an_operator(name: str, dims: set[str]) -> None:
     (op,) = [op for op in whole.graph.ops if op.module == module and op.name == f"aten.{alias}"]
     found = {f"{x.dim.size.coefficient}{'·batch' * x.dim.size.power}{' summed' * x.sums}" for x in op.letters}
     assert found == dims
+
+
+def filled(x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Written row by row, as a recurrence is."""
+    found = torch.zeros_like(x)
+    for t in range(x.shape[1]):
+        found[:, t] = x[:, t] * w
+    return found
+
+
+def test_samples_that_are_written_over_are_not_coupled() -> None:
+    graph = Graph.of(job((filled, (4, 6), ((6,),))))
+    assert all("batch" in {x.dim.name for x in op.letters} for op in graph.ops if any(v.ndim > 1 for v in op.inputs))
 
 
 def test_an_operator_without_a_rule_runs_whole() -> None:

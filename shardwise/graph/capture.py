@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from shardwise.errors import CaptureError, JobError
 from shardwise.graph.normalize import CHANGED, normalize
@@ -255,7 +256,7 @@ def _on_cpu(module: M, mode: FakeTensorMode) -> M:
 def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram:
     shapes = (tuple({0: Dim.AUTO} if t.ndim else None for t in tensors),)
     try:
-        with warnings.catch_warnings(), _without_logs():
+        with warnings.catch_warnings(), without_logs():
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
             functional: ExportedProgram = exported.run_decompositions(_simpler())
@@ -266,10 +267,14 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
     except JobError:
         raise
     except Exception as error:
-        raise CaptureError(
-            f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {_line(error)}; "
-            "it can still be split by data (data, sharded), and by layers where it is a Sequential"
-        ) from error
+        raise _does_not_capture(wrapper, error) from error
+
+
+def _does_not_capture(wrapper: LossModule, error: Exception) -> CaptureError:
+    return CaptureError(
+        f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {_line(error)}; "
+        "it can still be split by data (data, sharded), and by layers where it is a Sequential"
+    )
 
 
 def _simpler() -> dict[Any, Callable[..., Any]]:
@@ -285,7 +290,7 @@ def _simpler() -> dict[Any, Callable[..., Any]]:
 
 
 @contextmanager
-def _without_logs() -> Iterator[None]:
+def without_logs() -> Iterator[None]:
     """torch logs and prints a failed export as well as raising it."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -324,7 +329,10 @@ def _collect(exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tens
         _only_results(graph, results)
         updates = []
     symbols = _batch_symbols(graph, inputs)
-    normalize(graph, symbols)
+    try:
+        normalize(graph, symbols)
+    except GuardOnDataDependentSymNode as error:
+        raise _does_not_capture(wrapper, error) from error
     tied = _tied(wrapper.module)
     params = {placeholder: tied.get(name, name) for placeholder, name in params.items()}
     return Captured(

@@ -133,9 +133,17 @@ def _cat(r: Rewriter, node: fx.Node) -> None:
     # torch lets an empty vector be joined to anything; caches of keys and values begin as one.
     parts = arguments(node)["tensors"]
     ndim = len(shape(node))
-    kept = [part for part in parts if ndim == 1 or tuple(shape(part)) != (0,)]
+    kept = [part for part in parts if ndim == 1 or list(map(str, shape(part))) != ["0"]]
     if len(kept) < len(parts):
         r.replace(r.again(node, tensors=kept) if len(kept) > 1 else kept[0])
+
+
+def _slice_scatter(r: Rewriter, node: fx.Node) -> None:
+    # All of a tensor is written over.
+    a = arguments(node)
+    source, old = a["src"].meta["val"], a["self"].meta["val"]
+    if source.dtype == old.dtype and list(map(str, source.shape)) == list(map(str, old.shape)):
+        r.replace(a["src"])
 
 
 def _mean_loss(r: Rewriter, node: fx.Node) -> None:
@@ -211,6 +219,7 @@ _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.type_as": _type_as,
     "aten.cat": _cat,
     "aten.squeeze": _squeeze,
+    "aten.slice_scatter": _slice_scatter,
     "aten.copy": _copy,
     "aten.repeat_interleave": _repeat_interleave,
     "aten.addmm": _addmm,

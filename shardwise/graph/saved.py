@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 
 from shardwise.graph.blocks import key_of
+from shardwise.graph.capture import without_logs
 from shardwise.graph.dims import Size, product
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
@@ -71,7 +72,7 @@ def _observe(graph: Graph, op: Op) -> _Seen:
     if mode is None:
         return _Seen((), (), ())
     # Whatever an operator raises only costs precision here.
-    with contextlib.suppress(Exception), mode:
+    with contextlib.suppress(Exception), without_logs(), mode:
         return _run(graph, op, {n: n.meta["val"].detach() if graph.value(n) else n.meta["val"] for n in nodes})
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
         one, two = (_run(graph, op, {n: _real(graph, n, samples) for n in nodes}) for samples in (1, 2))

@@ -87,6 +87,29 @@ def multiplication(c: OpContext) -> None:
     c.linear_in(*(c.inputs[:1] if first_only else c.inputs))
 
 
+@rules(["polar", "complex"])
+def complex_of(c: OpContext) -> None:
+    c.elementwise(c.inputs)
+    if c.node_name() == "aten.complex":
+        c.linear_in(c.inputs)
+
+
+@rules(["view_as_complex", "view_as_real", "view_as_real_copy", "view_as_complex_copy"])
+def pairs(c: OpContext) -> None:
+    """Complex numbers as pairs of real ones in a last dim of two, and back."""
+    x = c.inputs[0]
+    for i in range(min(x.ndim, c.out.ndim)):
+        c.tie(x, i, c.out, i)
+    c.linear_in(x)
+
+
+@rules(["_fft_c2c", "_fft_r2c", "_fft_c2r"])
+def fourier(c: OpContext) -> None:
+    x = c.inputs[0]
+    c.same(x, c.out, but=[int(d) for d in c.arguments["dim"]])
+    c.linear_in(x)
+
+
 @rules(["prelu", "_prelu_kernel"])
 def prelu(c: OpContext) -> None:
     x, weight = c.inputs

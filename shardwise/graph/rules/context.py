@@ -12,7 +12,7 @@ from torch import fx
 
 from shardwise.graph import dims
 from shardwise.graph.dims import ONE, Dim, Size
-from shardwise.graph.rules.order import Meaning, Order, Region
+from shardwise.graph.rules.order import Region, Rows
 
 _NOTHING = Size(0)
 
@@ -122,13 +122,7 @@ class OpContext:
     majors: dict[tuple[Slot, int], Size] = field(default_factory=dict)
     iota: dict[Slot, int] = field(default_factory=dict)
     independent: set[Slot] = field(default_factory=set)
-    orders: dict[tuple[Slot, int], Order] = field(default_factory=dict)
-    means: dict[Slot, Meaning] = field(default_factory=dict)
-    mixed: set[Order] = field(default_factory=set)
-    ordered: bool = False
-    counts: Value | None = None
-    sources: dict[Slot, Value] = field(default_factory=dict)
-    source: Callable[[Value], Value] = lambda value: value
+    rows: Rows = field(default_factory=Rows)
     unsummed: dict[tuple[Slot, int], frozenset[Slot]] = field(default_factory=dict)
     linear: tuple[frozenset[Slot], ...] = ()
     size_args: dict[str, Slot] = field(default_factory=dict)

@@ -15,7 +15,7 @@ operators then run whole. `settle` takes from the operators of an order the lett
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +24,7 @@ from shardwise.graph.dims import ONE, Dim, Size
 if TYPE_CHECKING:
     from shardwise.graph.rules.context import Letter, OpContext, Operand, Slot, Value
 
-ROWS, COUNTS, ENDS = "rows", "counts", "ends"
+NUMBERS, COUNTS, ENDS = "numbers", "counts", "ends"
 
 
 @dataclass(eq=False)
@@ -37,8 +37,8 @@ class Order:
 class Meaning(NamedTuple):
     """What the numbers of a tensor stand for.
 
-    ROWS: they are numbers of rows that are in order `into` (None: as they came), or of groups of `each` of these, and
-    are themselves in `order`. COUNTS: how often `keys` has each of 0, 1, 2, ...; ENDS: the sums of these so far.
+    NUMBERS: of rows that are in order `into` (None: as they came), or of groups of `each` of these; they are themselves
+    in `order`. COUNTS: how often `keys` has each of 0, 1, 2, ...; ENDS: the sums of these so far.
     """
 
     kind: str
@@ -50,6 +50,29 @@ class Meaning(NamedTuple):
     def orders(self) -> set[Order]:
         """The orders that it speaks of."""
         return {order for order in (self.order, self.into) if order is not None}
+
+
+@dataclass(eq=False)
+class Rows:
+    """What is known of the rows of one operator's tensors.
+
+    Attributes:
+        orders: the orders of positions; none for rows as they came.
+        means: what the numbers of tensors stand for.
+        mixed: orders that the operator breaks.
+        followed: whether its rule has said all that there is to say of orders.
+        counts: the keys that it counts, if it does.
+        sources: outputs that have the numbers of another tensor.
+        source: the tensor that another has the numbers of.
+    """
+
+    orders: dict[tuple[Slot, int], Order] = field(default_factory=dict)
+    means: dict[Slot, Meaning] = field(default_factory=dict)
+    mixed: set[Order] = field(default_factory=set)
+    followed: bool = False
+    counts: Value | None = None
+    sources: dict[Slot, Value] = field(default_factory=dict)
+    source: Callable[[Value], Value] = lambda value: value
 
 
 @dataclass(eq=False)
@@ -106,43 +129,43 @@ class Orders:
 
     def enter(self, c: OpContext) -> None:
         """Tell an operator's rule what is known of its inputs."""
-        c.source = self.source
+        c.rows.source = self.source
         if not self._of and not self._means:
             return
         for o in c.inputs:
             if o.value in self._means:
-                c.means[o.slot] = self._means[o.value]
+                c.rows.means[o.slot] = self._means[o.value]
             for pos in range(o.ndim):
                 if (o.value, pos) in self._of:
-                    c.orders[o.slot, pos] = self._of[o.value, pos]
+                    c.rows.orders[o.slot, pos] = self._of[o.value, pos]
 
     def leave(self, index: int, c: OpContext) -> None:
         """Follow the orders through an operator whose rule has spoken."""
         if c.node_name() in AS_THEY_ARE and c.out.ndim == 1 and c.inputs[0].value.sizes == c.out.value.sizes:
-            c.sources[c.out.slot] = c.inputs[0].value
-        for slot, value in c.sources.items():
+            c.rows.sources[c.out.slot] = c.inputs[0].value
+        for slot, value in c.rows.sources.items():
             self._source[c.operand(slot).value] = self.source(value)
-        if not c.orders and not c.means:
+        if not c.rows.orders and not c.rows.means:
             return
-        if not c.ordered:
+        if not c.rows.followed:
             self._follow(c)
-        found = set(c.orders.values()).union(*(meaning.orders() for meaning in c.means.values()))
+        found = set(c.rows.orders.values()).union(*(meaning.orders() for meaning in c.rows.means.values()))
         for order in found:
             self._met[self._root(order)] = self._root(next(iter(found)))
-        self._broken.update(c.mixed)
+        self._broken.update(c.rows.mixed)
         for o in c.outputs:
-            if o.slot in c.means:
-                self._means[o.value] = c.means[o.slot]
+            if o.slot in c.rows.means:
+                self._means[o.value] = c.rows.means[o.slot]
             for pos in range(o.ndim):
-                if (o.slot, pos) in c.orders:
-                    order = self._of[o.value, pos] = c.orders[o.slot, pos]
+                if (o.slot, pos) in c.rows.orders:
+                    order = self._of[o.value, pos] = c.rows.orders[o.slot, pos]
                     self._found += [order] if order not in self._found else []
-        rows = set(c.orders)
+        rows = set(c.rows.orders)
         if found and rows:
             self._touched.append(_Touch(index, frozenset(rows), next(iter(found))))
-        if c.counts is not None:
+        if c.rows.counts is not None:
             # Each rank's counts are of its own rows, if these are of its own, too.
-            self._touched.append(_Touch(index, frozenset({(c.inputs[0].slot, 0)}), c.counts))
+            self._touched.append(_Touch(index, frozenset({(c.inputs[0].slot, 0)}), c.rows.counts))
 
     def source(self, value: Value) -> Value:
         """The tensor that another has the numbers of, perhaps sorted, perhaps in another dtype."""
@@ -150,13 +173,16 @@ class Orders:
 
     def settle(self, letters: Sequence[tuple[Letter, ...]]) -> tuple[list[Region], dict[int, tuple[Letter, ...]]]:
         """The regions; and the letters of their operators, less those of rows that not all in a region can split."""
-        by_keys = {order.keys: order for order in self._found if order.keys is not None}
+        by_keys: dict[Value, Order] = {}
+        for order in self._found:
+            if order.keys is not None:
+                self._met[self._root(order)] = self._root(by_keys.setdefault(order.keys, order))
         broken = {self._root(order) for order in self._broken}
         groups: dict[Order, list[_Touch]] = {}
         for touch in self._touched:
-            order = touch.order if isinstance(touch.order, Order) else by_keys.get(touch.order)
-            if order is not None:
-                groups.setdefault(self._root(order), []).append(touch)
+            met = touch.order if isinstance(touch.order, Order) else by_keys.get(touch.order)
+            if met is not None:
+                groups.setdefault(self._root(met), []).append(touch)
         regions: list[Region] = []
         kept: dict[int, tuple[Letter, ...]] = {}
         for root, touches in groups.items():
@@ -184,23 +210,23 @@ class Orders:
         Where it ties rows in one order to rows in another, or makes other numbers of those of rows, these orders break.
         """
         name = c.node_name()
-        for slot, meaning in list(c.means.items()):
+        for slot, meaning in list(c.rows.means.items()):
             if slot.side == "in" and name in AS_THEY_ARE:
-                c.means[c.out.slot] = meaning
-            elif slot.side == "in" and meaning.kind == ROWS and name not in _BUT_SHAPES:
-                c.mixed.update(meaning.orders())
+                c.rows.means[c.out.slot] = meaning
+            elif slot.side == "in" and meaning.kind == NUMBERS and name not in _BUT_SHAPES:
+                c.rows.mixed.update(meaning.orders())
         if name in _PLACED:
-            c.mixed.update(c.orders.values())
+            c.rows.mixed.update(c.rows.orders.values())
         for places in _tied(c):
-            found = {c.orders.get(place) for place in places if place[0].side == "in"}
+            found = {c.rows.orders.get(place) for place in places if place[0].side == "in"}
             order = next((o for o in found if o is not None), None)
             if order is None:
                 continue
             slots = [slot for slot, _ in places]
             if len(found) > 1 or len(set(slots)) < len(slots):
-                c.mixed.update(o for o in found if o is not None)
+                c.rows.mixed.update(o for o in found if o is not None)
             for place in places:
-                c.orders[place] = order
+                c.rows.orders[place] = order
 
 
 def _tied(c: OpContext) -> Iterable[list[tuple[Slot, int]]]:
@@ -227,18 +253,18 @@ def _tied(c: OpContext) -> Iterable[list[tuple[Slot, int]]]:
 
 def sort(c: OpContext, x: Operand, values: Operand | None, rows: Operand, ascending: bool) -> None:
     """`rows` are the numbers of the rows of `x`, which has one dim, in its order; `values` are what they have."""
-    order = Order(c.source(x.value) if ascending else None)
+    order = Order(c.rows.source(x.value) if ascending else None)
     for out in (values, rows):
         if out is not None:
             c.tie(x, 0, out, 0)
-            c.orders[out.slot, 0] = order
+            c.rows.orders[out.slot, 0] = order
     if values is not None:
-        c.sources[values.slot] = x.value
-    c.means[rows.slot] = Meaning(ROWS, order, c.orders.get((x.slot, 0)))
-    meaning = c.means.get(x.slot)
-    if meaning is not None and meaning.kind == ROWS:
-        c.mixed.update(meaning.orders())
-    c.ordered = True
+        c.rows.sources[values.slot] = x.value
+    c.rows.means[rows.slot] = Meaning(NUMBERS, order, c.rows.orders.get((x.slot, 0)))
+    meaning = c.rows.means.get(x.slot)
+    if meaning is not None and meaning.kind == NUMBERS:
+        c.rows.mixed.update(meaning.orders())
+    c.rows.followed = True
 
 
 def numbered(c: OpContext, x: Operand, pos: int, at: Operand, others: Collection[tuple[Slot, int]] = ()) -> bool:
@@ -246,44 +272,44 @@ def numbered(c: OpContext, x: Operand, pos: int, at: Operand, others: Collection
 
     `others` are positions that have to be in the order of the numbers.
     """
-    meaning = c.means.get(at.slot)
-    if meaning is None or meaning.kind != ROWS or at.ndim != 1:
+    meaning = c.rows.means.get(at.slot)
+    if meaning is None or meaning.kind != NUMBERS or at.ndim != 1:
         return False
     known = {(x.slot, pos): meaning.into, (at.slot, 0): meaning.order, **dict.fromkeys(others, meaning.order)}
-    given = {place: order for place, order in c.orders.items() if place not in known}
-    if given or any(c.orders.get(place) is not order for place, order in known.items()):
+    given = {place: order for place, order in c.rows.orders.items() if place not in known}
+    if given or any(c.rows.orders.get(place) is not order for place, order in known.items()):
         return False
     if meaning.each.one:
         c.tie(x, pos, at, 0)
     else:
         c.tie_major(at, 0, x, pos)
         c.only_major(at, 0, x.size(pos))
-    c.ordered = True
+    c.rows.followed = True
     return True
 
 
 def arrange(c: OpContext, out: Operand, pos: int, at: Operand) -> None:
     """Position `pos` of an output has rows in the order that the numbers `at` have."""
-    meaning = c.means[at.slot]
+    meaning = c.rows.means[at.slot]
     if meaning.order is not None:
-        c.orders[out.slot, pos] = meaning.order
+        c.rows.orders[out.slot, pos] = meaning.order
 
 
 def arrange_as(c: OpContext, out: Operand, pos: int, x: Operand) -> None:
     """Position `pos` of an output has rows in the order that the same position of `x` has."""
-    if (x.slot, pos) in c.orders:
-        c.orders[out.slot, pos] = c.orders[x.slot, pos]
+    if (x.slot, pos) in c.rows.orders:
+        c.rows.orders[out.slot, pos] = c.rows.orders[x.slot, pos]
 
 
 def count(c: OpContext, x: Operand, out: Operand) -> None:
     """`out` is how often `x`, which has one dim, has each of 0, 1, 2, ..."""
-    c.counts = c.source(x.value)
-    c.means[out.slot] = Meaning(COUNTS, keys=c.counts)
+    c.rows.counts = c.rows.source(x.value)
+    c.rows.means[out.slot] = Meaning(COUNTS, keys=c.rows.counts)
 
 
 def grouped(c: OpContext, x: Operand, ends: Operand) -> bool:
     """Whether the rows of `x` are sorted by what `ends` says the ends of, so that each rank takes its own of both."""
-    order, meaning = c.orders.get((x.slot, 0)), c.means.get(ends.slot)
+    order, meaning = c.rows.orders.get((x.slot, 0)), c.rows.means.get(ends.slot)
     if order is None or order.keys is None or meaning is None:
         return False
     return meaning.kind == ENDS and meaning.keys is order.keys and ends.ndim == 1

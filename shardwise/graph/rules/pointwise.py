@@ -46,8 +46,8 @@ def whole_division(c: OpContext) -> None:
 def divided_rows(c: OpContext, rest: bool) -> None:
     """Numbers of rows become numbers of groups of rows, or places in these, where ranks have whole groups."""
     x, by = c.inputs[0], c.arguments.get("other")
-    meaning = c.means.get(x.slot)
-    if meaning is None or meaning.kind != order.ROWS or not isinstance(by, int) or by < 1:
+    meaning = c.rows.means.get(x.slot)
+    if meaning is None or meaning.kind != order.NUMBERS or not isinstance(by, int) or by < 1:
         return
     each = meaning.each * by
     groups = x.value.numel().divide(each)
@@ -56,11 +56,11 @@ def divided_rows(c: OpContext, rest: bool) -> None:
     c.only_major(x, 0, groups)
     c.only_major(c.out, 0, groups)
     if not rest:
-        c.means[c.out.slot] = meaning._replace(each=each)
+        c.rows.means[c.out.slot] = meaning._replace(each=each)
     elif not meaning.each.one:
         return
     order.arrange_as(c, c.out, 0, x)
-    c.ordered = True
+    c.rows.followed = True
 
 
 @rules(LINEAR_UNARY)
@@ -188,14 +188,14 @@ def sort(c: OpContext) -> None:
 def inverse(c: OpContext) -> None:
     x = c.inputs[0]
     c.tie(x, 0, c.out, 0)
-    meaning = c.means.get(x.slot)
-    if meaning is None or meaning.kind != order.ROWS or not meaning.each.one:
+    meaning = c.rows.means.get(x.slot)
+    if meaning is None or meaning.kind != order.NUMBERS or not meaning.each.one:
         c.block(x, 0)
         return
-    c.means[c.out.slot] = order.Meaning(order.ROWS, meaning.into, meaning.order)
+    c.rows.means[c.out.slot] = order.Meaning(order.NUMBERS, meaning.into, meaning.order)
     if meaning.into is not None:
-        c.orders[c.out.slot, 0] = meaning.into
-    c.ordered = True
+        c.rows.orders[c.out.slot, 0] = meaning.into
+    c.rows.followed = True
 
 
 @rules(["histc"])
@@ -206,7 +206,7 @@ def histogram(c: OpContext) -> None:
         return
     for pos in range(x.ndim):
         c.sum_over(x, pos)
-    whole_numbers = not c.source(x.value).dtype.is_floating_point
+    whole_numbers = not c.rows.source(x.value).dtype.is_floating_point
     if x.ndim == 1 and low == 0 and high == c.out.size(0).coefficient - 1 and whole_numbers:
         order.count(c, x, c.out)
 
@@ -224,9 +224,9 @@ def along(c: OpContext) -> None:
         c.same(x, other, but=[int(d) for d in listed])
     if c.node_name() in ("aten.cumsum", "aten.flip", "aten.roll"):
         c.linear_in(x)
-    meaning = c.means.get(x.slot)
+    meaning = c.rows.means.get(x.slot)
     if c.node_name() == "aten.cumsum" and x.ndim == 1 and meaning is not None and meaning.kind == order.COUNTS:
-        c.means[c.out.slot] = meaning._replace(kind=order.ENDS)
+        c.rows.means[c.out.slot] = meaning._replace(kind=order.ENDS)
 
 
 @rules(["logsumexp", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "var", "std", "norm",

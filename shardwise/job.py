@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import random
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,9 +104,17 @@ class Job:
         except TypeError:
             return None
 
-    def batch(self, indices: Iterable[int]) -> Batch:
-        """The batch of these samples; an iterable dataset is read from its start, as many as asked."""
+    def batch(self, indices: Iterable[int], *, epoch: int = 0) -> Batch:
+        """The batch of these samples; an iterable dataset is read from its start, as many as asked.
+
+        What is drawn from the generators of torch, NumPy or `random` meanwhile depends on the job's seed, the epoch and
+        the first sample alone, so that each rank reads the same batch.
+        """
         wanted = list(indices)
+        with seeded(self.seed, epoch, wanted[0] if wanted else 0):
+            return self._batch(wanted)
+
+    def _batch(self, wanted: list[int]) -> Batch:
         if isinstance(self.data, IterableDataset):
             stream = iter(self.data)
             rows = [row for row, _ in zip(stream, wanted, strict=False)]
@@ -140,6 +149,14 @@ def batch_tensors(batch: Batch) -> list[Tensor]:
     if hasattr(batch, "items"):
         return [t for _, value in batch.items() for t in batch_tensors(value)]
     return []
+
+
+def digest(batch: Batch) -> int:
+    """A number for the contents of a batch: equal for equal ones, and hardly ever for others."""
+    found = 0
+    for tensor in batch_tensors(batch):
+        found = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, found)
+    return found
 
 
 def map_batch(batch: Batch, fn: Callable[[Tensor], Tensor]) -> Batch:
@@ -185,7 +202,7 @@ def load_spec(spec: str) -> Job:
     target, colon, name = spec.rpartition(":")
     if not colon or not target or not name:
         raise SpecError(f"SPEC must be file.py:function or package.module:function, but is {spec!r}")
-    with _seeded():
+    with seeded(0):
         module = _import_file(Path(target)) if target.endswith(".py") else _import_module(target)
         function = getattr(module, name, None)
         if not callable(function):
@@ -206,12 +223,14 @@ def _functions(module: Any) -> list[str]:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seeds the generators of Python, NumPy and torch (on the CPU) by these numbers, and puts them back after."""
     python, array = random.getstate(), np.random.get_state()
+    seed = zlib.crc32(repr(numbers).encode())
     with torch.random.fork_rng(devices=[]):
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         try:
             yield
         finally:

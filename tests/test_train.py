@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from shardwise.engine.progress import Progress, Run, counted
 from shardwise.engine.train import Result, batches, permutation, run_steps, train
 from shardwise.errors import JobError, LaunchError, PlanError, RunError
 from shardwise.graph.capture import LossModule
-from shardwise.job import Job, batch_tensors
+from shardwise.job import Job, batch_tensors, digest
 from shardwise.machine.backend import Backend
 from shardwise.plan.plan import Plan, PlanAxis
 
@@ -59,6 +61,22 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         points = Points(self.count)
         return (points[i] for i in range(self.count))
+
+
+class Noisy(Points):
+    """The points, moved at random."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        point, target = super().__getitem__(index)
+        return point + torch.rand(()) + random.random() + float(np.random.rand()), target
+
+
+class Alone(Points):
+    """The points, moved by what no other process has."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        point, target = super().__getitem__(index)
+        return point + os.getpid(), target
 
 
 def model() -> nn.Module:
@@ -112,6 +130,21 @@ def test_a_stream_is_read_in_its_order_and_started_again() -> None:
     stream = batches(job(data=Stream(10), batch=4))
     found = [indices(next(stream)) for _ in range(3)]
     assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
+
+
+def test_what_a_dataset_draws_is_the_same_on_every_rank_and_new_in_every_epoch() -> None:
+    numbers = job(data=Noisy(4), batch=4, seed=3)
+    before = torch.get_rng_state(), random.getstate()
+    first, again = ([digest(batch) for batch in itertools.islice(batches(numbers), 6)] for _ in range(2))
+    assert first == again and len(set(first)) == 6
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert next(batches(numbers.with_(seed=4)))[0].sum() != next(batches(numbers))[0].sum()
+
+
+@slow
+def test_ranks_that_read_other_samples_are_stopped() -> None:
+    with pytest.raises(JobError, match="rank 1 of 2 read another first batch than rank 0"):
+        train(job(data=Alone(22)), DATA, steps=1, progress=False)
 
 
 @pytest.mark.parametrize("data", [Points(3), Stream(3), Points(0), Stream(0)])

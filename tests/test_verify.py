@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from shardwise.cli import main
 from shardwise.errors import JobError, ProofError
@@ -23,6 +24,19 @@ AMONG_TESTS = [
     "gpt2_dropout", "llama", "t5", "resnet", "lstm_tagger", "moe_mlp", "unet", "big_embedding_mlp"
 ]  # fmt: skip
 """Models of every kind; all of them are proved by `make prove`."""
+
+
+class Unseeded(Dataset[Any]):
+    """Samples of a generator of its own, others whenever they are read."""
+
+    def __init__(self) -> None:
+        self.draw = torch.Generator()
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.randn(16, generator=self.draw), torch.tensor(index % 8)
 
 
 def passing(rows: list[Row]) -> dict[str, bool]:
@@ -102,3 +116,5 @@ def test_what_cannot_be_proved_is_said() -> None:
         verify(job, 2, dtype=torch.bfloat16)
     with pytest.raises(JobError, match="samples"):
         verify(job.with_(global_batch=10**7), 2)
+    with pytest.raises(ProofError, match="other numbers when its first 8 samples were read again"):
+        verify(job.with_(global_batch=8, data=Unseeded()), 2)

@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, default_collate
 from shardwise.engine.launch import Place, joined, launched, run_ranks
 from shardwise.engine.progress import Progress, Run, counted, median
 from shardwise.errors import JobError, LaunchError, PlanError, RunError
-from shardwise.job import Batch, Job, load_spec
+from shardwise.job import Batch, Job, digest, load_spec, seeded
 from shardwise.machine.backend import Backend, cores
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
@@ -199,7 +199,10 @@ def train_engine(job: Job, plan: Plan, steps: int, progress: Progress, place: Pl
     before = place.backend.peak_memory()
     _check_batch(job, plan)
     engine = parallelize(job, plan)
-    run = run_steps(engine, batches(job), steps, place.backend, progress)
+    data = batches(job)
+    first = next(data)
+    _check_alike(first, place)
+    run = run_steps(engine, itertools.chain([first], data), steps, place.backend, progress)
     result = Result(
         name=job.title(),
         plan=plan,
@@ -225,6 +228,22 @@ def _check_batch(job: Job, plan: Plan) -> None:
         raise PlanError(
             f"a global batch of {total} samples does not divide by the {parts} ranks that {plan.title()} "
             f"splits it over; take {near} samples, or another plan"
+        )
+
+
+def _check_alike(batch: Batch, place: Place) -> None:
+    """Check that all ranks have read the same batch.
+
+    Raises:
+        JobError: they have not, so that parts of unlike samples would be put together.
+    """
+    found = _of_each_rank(digest(batch), place)
+    odd = [rank for rank, number in enumerate(found) if number != found[0]]
+    if odd:
+        raise JobError(
+            f"rank {odd[0]} of {place.world} read another first batch than rank 0, so the dataset has random numbers "
+            "of its own; draw them from torch, NumPy or random, which are seeded while a batch is read, or seed a "
+            "generator by the sample's index"
         )
 
 
@@ -320,7 +339,7 @@ def batches(job: Job) -> Iterator[Batch]:
     for epoch in itertools.count():
         order = permutation(count, job.seed, epoch)
         for start in range(0, count - job.global_batch + 1, job.global_batch):
-            yield job.batch(order[start : start + job.global_batch])
+            yield job.batch(order[start : start + job.global_batch], epoch=epoch)
 
 
 def permutation(count: int, seed: int, epoch: int) -> list[int]:
@@ -332,12 +351,17 @@ def permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 def _stream(job: Job) -> Iterator[Batch]:
     collate = job.collate or default_collate
-    while True:
+    for epoch in itertools.count():
         found = 0
         rows = iter(job.data)
-        while len(samples := list(itertools.islice(rows, job.global_batch))) == job.global_batch:
+        while True:
+            with seeded(job.seed, epoch, found):
+                samples = list(itertools.islice(rows, job.global_batch))
+                if len(samples) < job.global_batch:
+                    break
+                batch = collate(samples)
             found += 1
-            yield collate(samples)
+            yield batch
         if not found:
             raise _too_short(job, len(samples))
 

@@ -17,7 +17,7 @@ from shardwise.engine.engine import parallelize
 from shardwise.engine.launch import Place, Ranks, joined
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
-from shardwise.job import Batch, Job, load_spec
+from shardwise.job import Batch, Job, digest, load_spec
 from shardwise.measure.reference import Trace, run_reference
 from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import Traffic
@@ -96,7 +96,7 @@ def verify(
 
     Raises:
         JobError: the dataset has too few samples.
-        ProofError: the job does not run on one device.
+        ProofError: the job does not run on one device, or its samples are others whenever they are read.
     """
     if dtype not in TOLERANCE:
         raise ProofError(f"a proof runs in float64 or float32, but is asked for in {dtype}")
@@ -169,6 +169,12 @@ def _candidates(job: Job, ranks: int, wanted: Sequence[str]) -> list[Candidate]:
 def _on_one_device(job: Job, dtype: torch.dtype, steps: int, folder: Path, spec: str | None) -> tuple[_Task, str]:
     """Runs the job as it is, and keeps what it computed; with a note where it ran in another dtype."""
     batches = first_batches(job, steps)
+    if digest(first_batches(job, 1)[0]) != digest(batches[0]):
+        raise ProofError(
+            f"the dataset gave other numbers when its first {job.global_batch} samples were read again, so that no two "
+            "runs can be compared; draw random numbers from torch, NumPy or random, which are seeded while a batch is "
+            "read, or seed a generator by the sample's index"
+        )
     note = ""
     try:
         trace = run_reference(_steady(job, dtype), batches, dtype, _steady(job, dtype).optimizer)

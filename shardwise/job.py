@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ Loss = Callable[[Any, Batch], Any]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
 Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("fp32", "bf16")
+L = TypeVar("L")
 
 
 def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -149,6 +150,26 @@ def batch_tensors(batch: Batch) -> list[Tensor]:
     if hasattr(batch, "items"):
         return [t for _, value in batch.items() for t in batch_tensors(value)]
     return []
+
+
+def lifts(dtype: torch.dtype) -> dict[torch.dtype, torch.dtype]:
+    """For each other floating-point dtype this one in its place, and for each complex one its complex counterpart."""
+    real = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    pairs = torch.complex128 if dtype == torch.float64 else torch.complex64
+    found = {**dict.fromkeys(real, dtype), **dict.fromkeys((torch.complex64, torch.complex128), pairs)}
+    return {old: new for old, new in found.items() if old != new}
+
+
+def lift(what: L, dtype: torch.dtype) -> L:
+    """A tensor, a batch, or a module in place, with what is floating-point in `dtype`."""
+    new = lifts(dtype)
+    found: L
+    if isinstance(what, nn.Module):
+        # What `to` does, which would make complex parameters real.
+        found = what._apply(lambda t: t.to(new.get(t.dtype, t.dtype)))  # type: ignore[no-untyped-call]
+    else:
+        found = map_batch(what, lambda t: t.to(new.get(t.dtype, t.dtype)))
+    return found
 
 
 def digest(batch: Batch) -> int:

@@ -140,6 +140,8 @@ CASES: dict[str, Case] = {
         (4, 6), ((6,), (3,)),
     ),
     "fft": (lambda x, i, w: torch.fft.fft(x * w, dim=1).real + torch.fft.irfft(torch.fft.rfft(x)), (4, 6), ((6,),)),
+    "instance_norm, learned": (lambda x, i, w, b: F.instance_norm(x, weight=w, bias=b), (4, 6), ((4,), (4,))),
+    "bilinear": (lambda x, i, w, v: F.bilinear(x, x @ v, w), (4, 6), ((8, 6, 4), (6, 4))),
     "softmax": (lambda x, i: x.softmax(1), (4, 6), ()),
     "log_softmax": (lambda x, i: x.log_softmax(-1), (4, 6), ()),
     "logsumexp": (lambda x, i: x.logsumexp(1), (4, 6), ()),
@@ -272,6 +274,7 @@ def test_every_operator_of_every_model_by_parts_is_the_whole(name: str) -> None:
         ("cumsum", {"1·batch", "6"}),
         ("attention", {"1·batch", "4", "2"}),
         ("bmm", {"1·batch", "4", "6 summed"}),
+        ("instance_norm", {"1·batch", "4"}),
         ("mse_loss", {"1·batch summed", "4 summed", "6 summed"}),
     ],
 )

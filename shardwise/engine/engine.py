@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from shardwise.engine.base import Engine
 from shardwise.engine.evaluate import Evaluation
-from shardwise.engine.feed import Feeder, cast
+from shardwise.engine.feed import Feeder
 from shardwise.engine.module import ModuleEngine
 from shardwise.engine.optimize import build_optimizer, check_elementwise
 from shardwise.engine.whole import Whole
 from shardwise.errors import CaptureError, JobError, PlanError
 from shardwise.graph import random
 from shardwise.graph.graph import Graph
-from shardwise.job import Batch, Job
+from shardwise.job import Batch, Job, lift, lifts
 from shardwise.machine.backend import Backend
 from shardwise.parallel.announce import announce
 from shardwise.parallel.channels import Channels
@@ -58,8 +58,8 @@ class GraphEngine(Engine):
         module = module if module is not None else job.build()
         dtypes: dict[torch.dtype, torch.dtype] = {}
         if dtype is not None:
-            module = module.to(dtype)
-            dtypes = {d: dtype for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16) if d != dtype}
+            module = lift(module, dtype)
+            dtypes = lifts(dtype)
         self._dtype = dtype
         if graph is None:
             graph = self._graph(module, training=True)
@@ -92,7 +92,7 @@ class GraphEngine(Engine):
     def _graph(self, module: nn.Module, *, training: bool) -> Graph:
         example = self.job.batch(range(min(2, self.job.global_batch)))
         if self._dtype is not None:
-            example = cast(example, self._dtype)
+            example = lift(example, self._dtype)
         return Graph.of(self.job, module, example, training=training)
 
     def _make_optimizer(self, module: nn.Module) -> tuple[Any, Any]:
@@ -124,6 +124,7 @@ class GraphEngine(Engine):
         with self.mesh.exchanging(), resharding:
             loss = self._pipeline.step(micro)
         self._reduction.finish()
+        self.model.renew()
         return float(self.model.total(loss))
 
     def evaluate(self, batches: Iterable[Batch]) -> float:

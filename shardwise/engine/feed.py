@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import PlanError
-from shardwise.job import Batch, batch_size, batch_tensors, map_batch
+from shardwise.job import Batch, batch_size, batch_tensors, lift, map_batch
 from shardwise.parallel import lower
 from shardwise.parallel.hybrid import Split
 from shardwise.plan.plan import Plan
@@ -65,7 +65,7 @@ class Feeder:
                 return tensor[spans[0][0] : spans[-1][1]].to(self.device)
             return torch.cat([tensor[a:b] for a, b in spans]).to(self.device)
 
-        return Share(map_batch(cast(batch, self.dtype) if self.dtype else batch, rows), total)
+        return Share(map_batch(lift(batch, self.dtype) if self.dtype else batch, rows), total)
 
     def tensors(self, share: Share) -> dict[str, Tensor]:
         """The tensors of a share, by the captured graph's names."""
@@ -96,8 +96,3 @@ def check_parts(plan: Plan, total: int) -> None:
             f"a batch of {total} samples cannot be cut into {plan.micro_batches * ranks} parts "
             f"({plan.micro_batches} micro-batches on {ranks} data ranks{shared}); give at least {parts} samples"
         )
-
-
-def cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    """A batch with its floating-point tensors in another dtype."""
-    return map_batch(batch, lambda t: t.to(dtype) if t.is_floating_point() else t)

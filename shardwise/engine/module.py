@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.engine.base import Engine
-from shardwise.engine.feed import Share, cast, check_parts
+from shardwise.engine.feed import Share, check_parts
 from shardwise.engine.optimize import build_optimizer, check_elementwise
 from shardwise.errors import JobError, PlanError, RunError
 from shardwise.graph import random
 from shardwise.graph.capture import caller, mean_loss
 from shardwise.graph.eager import CountedMean, Lifted, Numbers, PlacedDraws, PlacedDropout, Rows
-from shardwise.job import Batch, Job, batch_size, map_batch, slice_batch
+from shardwise.job import Batch, Job, batch_size, lift, map_batch, slice_batch
 from shardwise.machine.backend import Backend
 from shardwise.parallel import lower
 from shardwise.parallel.channels import Channels
@@ -76,7 +76,7 @@ class ModuleEngine(Engine):
         self.job, self.plan, self.graph, self._dtype = job, plan, None, dtype
         self.module = copy.deepcopy(module) if module is not None else job.build()
         if dtype is not None:
-            self.module.to(dtype)
+            lift(self.module, dtype)
         self.module.train()
         _check(plan, self.module, why)
         self.mesh = Mesh.build(plan.axes)
@@ -85,7 +85,7 @@ class ModuleEngine(Engine):
         self._feeder = _Feeder(self.mesh, plan, self.device, dtype)
         example = self.job.batch(range(min(2, self.job.global_batch)))
         with self._running(None), self._precision():
-            self._between = between(stages, cast(example, dtype) if dtype is not None else example, self.device)
+            self._between = between(stages, lift(example, dtype) if dtype is not None else example, self.device)
         self._stages = {s: m for s, m in enumerate(stages) if self._here(s)}
         self._owners = self._find_owners(stages)
         self._reduction = self._replica()
@@ -336,7 +336,7 @@ class _Feeder:
             parts = [tensor[r.first : r.first + r.count] for r in rows]
             return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
 
-        return Share(map_batch(cast(batch, self.dtype) if self.dtype else batch, mine), total)
+        return Share(map_batch(lift(batch, self.dtype) if self.dtype else batch, mine), total)
 
 
 def _check(plan: Plan, module: nn.Module, why: str) -> None:

@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from shardwise.errors import CaptureError, JobError
+from shardwise.graph.no_grad import detach_inputs
 from shardwise.graph.normalize import CHANGED, normalize
 from shardwise.graph.rules import RULES, operator_name
 from shardwise.graph.unfold import Event, Stack, deepest, run, unfold, unfolded
@@ -259,6 +260,8 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
         with warnings.catch_warnings(), without_logs():
             warnings.simplefilter("ignore")
             exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
+            inputs = exported.graph_signature.input_specs
+            detach_inputs(exported.graph_module, {s.arg.name for s in inputs if s.kind is not InputKind.PARAMETER})
             functional: ExportedProgram = exported.run_decompositions(_simpler())
             if any(spec.kind is InputKind.TOKEN for spec in functional.graph_signature.input_specs):
                 # Written simpler, an operator has side effects (linalg.inv looks for errors).

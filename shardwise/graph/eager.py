@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.graph import random
+from shardwise.job import lifts
 
 _OPERATORS = 1 << 20
 """More operators than a pass draws random numbers with."""
@@ -23,18 +24,17 @@ class Lifted(TorchDispatchMode):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._from = {d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16) if d != dtype}
-        self._to = dtype
+        self._lifts = lifts(dtype)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Constants that the model makes in a dtype of its own are lifted where they are read.
         reads = not func._schema.is_mutable
 
         def lift(x: Any) -> Any:
-            if isinstance(x, torch.dtype) and x in self._from:
-                return self._to
-            if reads and isinstance(x, Tensor) and x.dtype in self._from:
-                return x.to(self._to)
+            if isinstance(x, torch.dtype):
+                return self._lifts.get(x, x)
+            if reads and isinstance(x, Tensor) and x.dtype in self._lifts:
+                return x.to(self._lifts[x.dtype])
             return x
 
         return func(*[lift(a) for a in args], **{k: lift(v) for k, v in (kwargs or {}).items()})

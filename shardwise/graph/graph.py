@@ -168,6 +168,7 @@ class Graph:
     def needs_grad(self) -> frozenset[Value]:
         """Tensors that gradients flow through."""
         found: set[Value] = set()
+        constant = {op.context.operand(slot).value for op in self.ops for slot in op.context.constant}
         for node, values in self.values.items():
             if node.op == "placeholder":
                 if self.captured.params.get(node.name) in self.trainable:
@@ -175,7 +176,8 @@ class Graph:
                 continue
             sources = [self.value(n) for n in node.all_input_nodes]
             if any(s in found for s in sources if s is not None) and operator_name(node.target) not in _NO_GRADIENT:
-                found.update(v for v in values if v.dtype.is_floating_point or v.dtype.is_complex)
+                floating = (v for v in values if v.dtype.is_floating_point or v.dtype.is_complex)
+                found.update(v for v in floating if v not in constant)
         return frozenset(found)
 
     @cached_property
@@ -214,10 +216,15 @@ class Graph:
         return sum(op.context.work.at(batch) for op in self.ops)
 
     def fingerprint(self) -> str:
-        """A short name for this graph: equal for equal operators, shapes and parameters."""
-        computed = [(op.name, [v.sizes for v in op.outputs]) for op in self.ops if op.name not in CASTS]
+        """A short name for this graph: equal for equal operators, parameters, and shapes of what is read."""
+        computed = [(op.name, [v.sizes for v in self._read(op)]) for op in self.ops if op.name not in CASTS]
         text = repr([*computed, *sorted(self.params)])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _read(self, op: Op) -> list[Value]:
+        """The outputs of an operator that something reads; the others depend on the device (of embedding bags)."""
+        picked = {user.args[1] for user in op.node.users if is_getitem(user)}
+        return [v for i, v in enumerate(op.outputs) if len(op.outputs) == 1 or i in picked]
 
     def unknown(self) -> list[str]:
         """Operators without a rule, which run whole on every rank."""

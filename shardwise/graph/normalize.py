@@ -139,11 +139,21 @@ def _cat(r: Rewriter, node: fx.Node) -> None:
 
 
 def _slice_scatter(r: Rewriter, node: fx.Node) -> None:
-    # All of a tensor is written over.
     a = arguments(node)
     source, old = a["src"].meta["val"], a["self"].meta["val"]
-    if source.dtype == old.dtype and list(map(str, source.shape)) == list(map(str, old.shape)):
+    if source.dtype != old.dtype:
+        return
+    dim, start, step = a["dim"] % old.ndim, a["start"] or 0, a["step"]
+    size, part = old.shape[dim], source.shape[dim]
+    if str(size) == str(part):
+        # All of a tensor is written over.
         r.replace(a["src"])
+    elif source.is_complex() and step == 1 and isinstance(size, int) and isinstance(part, int):
+        # torch has no derivative of it for complex numbers.
+        start = start + size if start < 0 else start
+        before, after = ((a["self"], dim, 0, start), (a["self"], dim, start + part, size))
+        ends = [r.call(aten.slice.Tensor, *end) if end[3] > end[2] else None for end in (before, after)]
+        r.replace(r.call(aten.cat.default, [n for n in (ends[0], a["src"], ends[1]) if n is not None], dim))
 
 
 def _mean_loss(r: Rewriter, node: fx.Node) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardwise.graph.capture import LossModule
 from shardwise.graph.eager import Lifted, Numbers, PlacedDraws, PlacedDropout
-from shardwise.job import Batch, Job, batch_tensors, map_batch
+from shardwise.job import Batch, Job, batch_tensors, lift
 
 
 @dataclass
@@ -35,6 +35,11 @@ class Trace:
     params: dict[str, Tensor] = field(default_factory=dict)
 
 
+def real(tensor: Tensor) -> Tensor:
+    """A tensor of real numbers; pairs of them in a last dim of two for complex ones."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def run_reference(
     job: Job,
     batches: Sequence[Batch],
@@ -51,8 +56,8 @@ def run_reference(
         optimizer: as `Job.optimizer`.
         module: the module with its initial weights; None builds it.
     """
-    module = (module if module is not None else job.build()).to(dtype)
-    cast = [map_batch(b, lambda t: t.to(dtype) if t.is_floating_point() else t) for b in batches]
+    module = lift(module if module is not None else job.build(), dtype)
+    cast = [lift(batch, dtype) for batch in batches]
     wrapper = LossModule(module, job, cast[0]).train()
     made = optimizer(list(module.parameters()))
     update, scheduler = made if isinstance(made, tuple) else (made, None)
@@ -66,7 +71,8 @@ def run_reference(
                 loss = wrapper(*batch_tensors(batch))
                 loss.backward()
         grads = {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
-        norm = torch.sqrt(sum((g.double().pow(2).sum() for g in grads.values()), torch.zeros((), dtype=torch.float64)))
+        squares = (real(g).double().pow(2).sum() for g in grads.values())
+        norm = torch.sqrt(sum(squares, torch.zeros((), dtype=torch.float64)))
         trace.losses.append(float(loss.detach()))
         trace.norms.append(float(norm))
         trace.grads.append(grads)

@@ -18,7 +18,7 @@ from shardwise.engine.launch import Place, Ranks, joined
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
 from shardwise.job import Batch, Job, digest, load_spec
-from shardwise.measure.reference import Trace, run_reference
+from shardwise.measure.reference import Trace, real, run_reference
 from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan
@@ -133,7 +133,7 @@ def first_batches(job: Job, count: int) -> list[Batch]:
 
 def relative(found: Tensor, true: Tensor, scale: float) -> float:
     """‖found − true‖ / max(‖true‖, 1e-6·scale), in float64; 0 for equal ones."""
-    found, true = found.double().cpu(), true.double().cpu()
+    found, true = real(found).double().cpu(), real(true).double().cpu()
     if found.shape != true.shape:
         return float("inf")
     off = float(torch.linalg.vector_norm(found - true))
@@ -311,7 +311,7 @@ def _compare_one(task: _Task, engine: Engine, place: Place) -> _Found:
         for step, (a, b) in enumerate(zip(norms, true.norms, strict=True))
     }
     worst = max(errors, key=lambda key: errors[key], default=(0, ""))
-    scale = float(torch.stack([p.double().norm() for p in true.params.values()]).norm()) if true.params else 0.0
+    scale = float(torch.stack([real(p).double().norm() for p in true.params.values()]).norm()) if true.params else 0.0
     params = [
         relative(state[name], value, scale / _NOISE if _is_noise(true, name) else scale)
         for name, value in true.params.items()

@@ -44,6 +44,9 @@ def announce(reduction: Reduction, total: int, *, norm: bool) -> list[Traffic]:
     if pipeline is not None and pipeline.group is not None:
         for tensor in reduction.ties:
             recorder.add("all_reduce", pipeline.name, tensor.numel() * tensor.element_size())
+        for name in model.travels:
+            buffer = model.buffers[name]
+            recorder.add("broadcast", pipeline.name, buffer.numel() * buffer.element_size())
     for axis, places in model.result_sums:
         recorder.add("all_reduce", axis.name, len(places) * torch.float64.itemsize)
     if norm and split.plan.ranks > 1:

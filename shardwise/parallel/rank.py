@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwise.graph.dims import BATCH
@@ -21,6 +22,7 @@ from shardwise.parallel.micro import Early, combine
 from shardwise.parallel.pipeline import Crossing, Stage
 from shardwise.parallel.program import Emitter, Program, attribute_name
 from shardwise.parallel.recompute import in_segments
+from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket, gather_in
 
 
@@ -31,6 +33,7 @@ class RankModel:
         params: local parameters by the user's names, in order of use.
         buffers: whole buffers by the user's names.
         updated: for each buffer that the model changes, the tensor that replaces it.
+        travels: buffers that one rank of a pipeline makes anew and another reads, with the place of the one.
     """
 
     def __init__(
@@ -45,7 +48,9 @@ class RankModel:
         self._dtypes = dtypes or {}
         self.params: dict[str, nn.Parameter] = {}
         self.buffers: dict[str, Tensor] = {}
+        self._renewed: dict[str, Tensor] = {}
         self.updated = self._updated()
+        self.travels = self._travels()
         self._nodes = {n.name: v[0] for n, v in split.graph.values.items() if n.op == "placeholder"}
         self.preludes = self._early_programs()
         self.programs = {s: self._stage_program(s) for s in split.mine}
@@ -71,8 +76,12 @@ class RankModel:
 
     @property
     def used_buffers(self) -> list[str]:
-        """Names of the buffers that this rank's programs read."""
-        return list(dict.fromkeys(n for p in [*self.programs.values(), *self.preludes] for n in p.buffers))
+        """Names of the buffers that this rank's programs read or make anew."""
+        read = [n for p in [*self.programs.values(), *self.preludes] for n in p.buffers]
+        made = [
+            n for n, v in self.updated.items() if self.split.stage_of[self.split.graph.producer[v]] in self.programs
+        ]
+        return list(dict.fromkeys([*read, *made, *self.travels]))
 
     def load(self, module: nn.Module) -> None:
         """Take this rank's part of the parameters, and the buffers, of a whole module."""
@@ -184,6 +193,27 @@ class RankModel:
                 found[name] = value
         return found
 
+    def _travels(self) -> dict[str, int]:
+        split, graph, axis = self.split, self.split.graph, self.split.pipeline
+        if axis is None:
+            return {}
+        names = {
+            v[0]: graph.captured.buffers[n.name] for n, v in graph.values.items() if n.name in graph.captured.buffers
+        }
+        readers: dict[str, set[int]] = {}
+        for op in graph.ops:
+            if not any(v in graph.learned for v in op.outputs):
+                continue
+            # What no parameter is a part of is computed by each stage that needs it.
+            found = list(op.inputs)
+            for value in found:
+                if value in names:
+                    readers.setdefault(names[value], set()).add(stage_rank(split.stage_of[op], axis.size))
+                elif value in graph.producer and value not in graph.learned:
+                    found += graph.producer[value].inputs
+        owners = {n: stage_rank(split.stage_of[graph.producer[v]], axis.size) for n, v in self.updated.items()}
+        return {name: owner for name, owner in owners.items() if readers.get(name, set()) - {owner}}
+
     def _gives(self, stage: int) -> list[Value]:
         return self.split.crossings(stage) if stage < self.split.plan.stages - 1 else []
 
@@ -248,10 +278,31 @@ class RankModel:
         for name, value in self.updated.items():
             if value.name in outs and name in self.buffers:
                 # A new tensor: backward may still need the old one.
-                self._replace_buffer(name, outs[value.name].detach())
+                self._renewed[name] = outs[value.name].detach()
+                if value not in self.split.graph.steady:
+                    self._renew()
         if stage == self.split.plan.stages - 1:
             return {result: outs[value.name] for result, value in self.split.graph.results.items()}
         return {v.name: outs[v.name] if v.name in outs else received[v.name] for v in self._gives(stage)}
+
+    def renew(self) -> None:
+        """Put new buffers in place of old ones, after a step.
+
+        Those that a batch has a part in are renewed with each micro-batch; the others are the same for all of them.
+        """
+        self._renew()
+        axis = self.split.pipeline
+        for name, owner in self.travels.items():
+            assert axis is not None and axis.group is not None
+            tensor = self.buffers[name].clone()
+            axis.record("broadcast", tensor.numel() * tensor.element_size())
+            dist.broadcast(tensor, src=axis.ranks[owner], group=axis.group)
+            self._replace_buffer(name, tensor)
+
+    def _renew(self) -> None:
+        for name, tensor in self._renewed.items():
+            self._replace_buffer(name, tensor)
+        self._renewed.clear()
 
     def stages(self) -> list[Stage]:
         """The stages of this rank, for `Pipeline`."""

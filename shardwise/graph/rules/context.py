@@ -122,6 +122,7 @@ class OpContext:
     majors: dict[tuple[Slot, int], Size] = field(default_factory=dict)
     iota: dict[Slot, int] = field(default_factory=dict)
     independent: set[Slot] = field(default_factory=set)
+    constant: set[Slot] = field(default_factory=set)
     rows: Rows = field(default_factory=Rows)
     unsummed: dict[tuple[Slot, int], frozenset[Slot]] = field(default_factory=dict)
     linear: tuple[frozenset[Slot], ...] = ()

@@ -133,6 +133,27 @@ def attention(c: OpContext) -> None:
     c.work = Size(2) * product(q.value.sizes[:-1]) * keys * Size(q.size(-1).coefficient + v.size(-1).coefficient)
 
 
+@rules(["_trilinear"])
+def trilinear(c: OpContext) -> None:
+    """A product of three tensors, each expanded by the dims that it lacks, summed over some of all (`nn.Bilinear`)."""
+    lacks = [{int(d) for d in c.arguments[f"expand{n}"]} for n in (1, 2, 3)]
+    summed = {int(d) for d in c.arguments["sumdim"]}
+    count = c.inputs[0].ndim + len(lacks[0])
+    has = [[d for d in range(count) if d not in lack] for lack in lacks]
+    kept = [d for d in range(count) if d not in summed]
+    for d in range(count):
+        places = [(x, at.index(d)) for x, at in zip(c.inputs, has, strict=True) if d in at]
+        for x, i in places[1:]:
+            c.broadcast(*places[0], x, i)
+        if d in summed:
+            c.sum_over(*places[0])
+        elif places:
+            c.broadcast(*places[0], c.out, kept.index(d))
+    c.linear_in(*c.inputs)
+    sizes = [max((x.size(at.index(d)) for x, at in zip(c.inputs, has, strict=True) if d in at)) for d in range(count)]
+    c.work = Size(4) * product(sizes)
+
+
 @rules(["conv1d", "conv2d", "conv3d", "convolution"])
 def convolution(c: OpContext) -> None:
     x, w, out = c.inputs[0], c.the("weight"), c.out

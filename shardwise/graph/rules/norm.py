@@ -38,7 +38,19 @@ def group_norm(c: OpContext) -> None:
     c.only_major(x, 1, groups)
 
 
-@rules(["_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm", "instance_norm",
+@rules(["instance_norm"])
+def instance_norm(c: OpContext) -> None:
+    """Every channel of every sample by itself; with statistics that are kept, over all samples."""
+    x, out = c.inputs[0], c.out
+    if c.tensor("running_mean") is None:
+        c.tie(x, 0, out, 0)
+    c.tie(x, 1, out, 1)
+    for other in c.inputs[1:]:
+        c.tie(x, 1, other, 0)
+    c.hint(x, 1, "channels")
+
+
+@rules(["_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm",
         "_native_batch_norm_legit"])  # fmt: skip
 def batch_norm(c: OpContext) -> None:
     x, out = c.inputs[0], c.outputs[0]
@@ -47,6 +59,8 @@ def batch_norm(c: OpContext) -> None:
         if other.ndim == 1 and other.size(0) == x.size(1):
             c.tie(x, 1, other, 0)
     c.tie(x, 0, out, 0)
+    # Of statistics torch has no derivative.
+    c.constant.update(o.slot for o in c.outputs[1:])
     training = bool(c.arguments.get("training", c.node_name() != "aten._native_batch_norm_legit_no_training"))
     if training:
         c.special(x, 0, "batch_norm")

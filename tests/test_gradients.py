@@ -51,6 +51,19 @@ class Waves(nn.Module):
         return scores
 
 
+class Encoder(nn.Module):
+    """torch's own layer, with dropout in its attention and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.layer(x.unflatten(-1, (4, 4))).flatten(1))
+        return scores
+
+
 def job(model: Any) -> Job:
     return Job(model=model, data=Vectors(classes=8), loss=class_loss, optimizer=sgd, global_batch=8)
 
@@ -72,7 +85,7 @@ STAGES = Plan((pipeline(),), cuts(job(Waves), 2), micro_batches=4)
     ("model", "plan"),
     [
         (Distilled, Plan((data(),))), (Distilled, Plan((data(),), zero=3)), (Waves, STAGES),
-        (Waves, Plan((data(),), zero=2, micro_batches=2)),
+        (Waves, Plan((data(),), zero=2, micro_batches=2)), (Encoder, Plan((data(),))),
     ],
     ids=lambda x: x.title() if isinstance(x, Plan) else x.__name__,
 )  # fmt: skip

@@ -225,6 +225,8 @@ class Case:
         """
         p, plan = self.profile, self.plan
         several = plan.micro_batches > 1
+        # Gradients of parameters that backward makes one after the other, where none are accumulated or sent.
+        more = s.growing if p.stepwise and not several and self.data == 1 else s.largest
         beside = (self.data > 1) + (flight > 1)
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
         found = {
@@ -233,7 +235,7 @@ class Case:
             "gradients": s.weights * (p.gradient / self._shards(3 if several else 2) + p.beside * beside),
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
-            "activations": s.kept * (flight - half) + s.halved * half + s.inside + s.largest,
+            "activations": s.kept * (flight - half) + s.halved * half + s.inside + more,
             "buffers": p.fixed + gathered,
         }
         return {**found, "reserve": self.reserve * sum(found.values())}  # type: ignore[dict-item]
@@ -371,6 +373,6 @@ def _sum(parts: Sequence[Stretches]) -> Stretches:
     plain = {}
     for name in PLAIN:
         values = [getattr(s, name) for s in parts]
-        plain[name] = max(values) if name in ("inside", "largest") else sum(values)
+        plain[name] = max(values) if name in ("inside", "largest", "growing") else sum(values)
     summed = {axis: sum(s.summed[axis] for s in parts) for axis in parts[0].summed}
     return Stretches(**plain, summed=summed, sent={}, sent_back={})  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from shardwise.cost.case import Case
 from shardwise.cost.estimate import Estimate
+from shardwise.cost.gradients import gradient_lives
 from shardwise.cost.kernels import Kernels
 from shardwise.cost.place import Place, loads, places
 from shardwise.cost.profile import NOTHING, PROFILES, Besides, Profile
@@ -136,6 +137,10 @@ class Pricer:
         """What operators keep for backward."""
         return saved(self.folded.graph)
 
+    @cached_property
+    def _gradients(self) -> Sequence[tuple[int, int, int]]:
+        return gradient_lives(self.folded, self.saved)
+
     def work(self, axes: Sequence[SplitAxis]) -> Work:
         """What operators do under these axes."""
         p = self.profile
@@ -164,7 +169,7 @@ class Pricer:
                 device, flash=p.flash, passes=p.passes, attention=p.attention, portable=p.portable,
                 eight=self.layers if besides.fp8 else frozenset(),
             )  # fmt: skip
-            return Rows(self.folded, self.work(split), samples, kernels)
+            return Rows(self.folded, self.work(split), samples, kernels, self._gradients if p.stepwise else None)
 
         def make() -> Table:
             return Table(

@@ -50,6 +50,8 @@ class Profile:
         portable: whether its fused attention does without the instructions that earlier devices lack.
         stops: whether computing a block again stops where it keeps nothing more.
         reserve: share by which the allocator keeps more than is in use.
+        stepwise: whether memory is followed through backward operator by operator, as autograd makes and frees tensors;
+            else the largest tensor is there twice besides all that is kept.
         fixed: bytes of communication buffers and libraries' workspaces.
         outside: bytes that these take of the device where the framework's own figure of memory leaves them out.
     """
@@ -86,6 +88,7 @@ class Profile:
     portable: bool = True
     stops: bool = False
     reserve: float = 0.05
+    stepwise: bool = False
     fixed: float = 0.0
     outside: float = 0.0
 
@@ -113,7 +116,7 @@ NOTHING = Besides()
 PROFILES = {
     p.name: p
     for p in (
-        Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5),
+        Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5, stepwise=True),
         Profile(
             "nanotron", fused="modules", prepared=True, passes=2.8, call=96e-6, queue=450, step=21e-6,
             step_staged=340e-6, tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, regather=True,

@@ -34,7 +34,9 @@ class Held:
         kept: bytes kept for backward.
         halved: bytes kept from the first half of a backward to the second, which gives the gradients of parameters.
         inside: bytes that the largest recomputed block keeps while it is computed again.
-        largest: bytes of the largest gradient, and of the tensor that it is of.
+        largest: bytes of the largest gradient, and of the tensor that it is of; or, followed through backward, by which
+            its fullest moment exceeds what is kept.
+        growing: the same where gradients of parameters are made in this backward, less those that are not there yet.
         weights: entries of parameters.
         weight_bytes: bytes of them.
         tensors: how many parameters.
@@ -45,6 +47,7 @@ class Held:
     halved: Array
     inside: Array
     largest: Array
+    growing: Array
     weights: Array
     weight_bytes: Array
     tensors: Array
@@ -93,8 +96,8 @@ class Stretches(Held):
 
 
 PLAIN = (
-    "forward", "backward", "again", "calls", "calls_back", "kept", "halved", "inside", "largest", "weights",
-    "weight_bytes", "tensors",
+    "forward", "backward", "again", "calls", "calls_back", "kept", "halved", "inside", "largest", "growing",
+    "weights", "weight_bytes", "tensors",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
 
@@ -124,6 +127,11 @@ class Weights:
             self._repeated += [(before, use, row) for before, use in pairwise(uses)]
         self._running = np.cumsum(first, axis=0)
 
+    def gradients(self) -> Array:
+        """Bytes of gradients in fp32 of what operators before each, and before the end, are the first to read."""
+        found: Array = 4 * self._running[:, 0]
+        return found
+
     def between(self, at: Bounds) -> tuple[Array, Array, Array, Mapping[str, Array]]:
         """Entries, bytes and number of what each stretch reads, each parameter once; entries to sum over each axis."""
         found = self._running[at][None, :, :] - self._running[at][:, None, :]
@@ -144,22 +152,47 @@ class Rows:
         work: what its operators do.
         samples: of a micro-batch on this rank.
         kernels: seconds of an operator.
+        gradients: lives of gradients, as of tensors in `folded`, where memory is followed through backward.
     """
 
-    def __init__(self, folded: Folded, work: Work, samples: int, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        folded: Folded,
+        work: Work,
+        samples: int,
+        kernels: Kernels,
+        gradients: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
         self.halved = self.kept * self.each([work.has_weights(op) for op in work.graph.ops])
         self.halved += self.each([work.has_weights(op) * work.made(op, samples) for op in work.graph.ops])
         self.largest = self.each([2 * work.made(op, samples) for op in work.graph.ops])
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
-        change = np.zeros(len(folded.whole.ops) + 2)
-        begins, ends, numbers = np.array(folded.lives, dtype=int).reshape(-1, 3).T
-        np.add.at(change, begins + 1, self.bytes[numbers])
-        np.add.at(change, ends + 1, -self.bytes[numbers])
-        self.live = np.cumsum(change)[:-1]
+        self.live = self._crossing(folded.lives)
+        self._gradients = gradients
 
     # Most splits of a large model need too much memory, and their times are never asked for.
+
+    @cached_property
+    def back(self) -> tuple[Array, Array] | None:
+        """While each operator's backward runs: bytes of parameters' gradients it makes, and of all else not kept.
+
+        None where memory is not followed through backward.
+        """
+        if self._gradients is None:
+            return None
+        mine, rest = np.array(self._work.back(self._samples)).reshape(-1, 2).T
+        # What comes back to an operator is what crosses the cut behind it.
+        return self.each(mine), self.each(rest) + self._crossing(self._gradients)[1:]
+
+    def _crossing(self, lives: Sequence[tuple[int, int, int]]) -> Array:
+        """Bytes of tensors of such lives that cross the cut before each operator, and at the end."""
+        change = np.zeros(len(self.folded.whole.ops) + 2)
+        begins, ends, numbers = np.array(lives, dtype=int).reshape(-1, 3).T
+        np.add.at(change, begins + 1, self.bytes[numbers])
+        np.add.at(change, ends + 1, -self.bytes[numbers])
+        return np.cumsum(change)[:-1]
 
     @cached_property
     def _tasks(self) -> Sequence[Task]:
@@ -202,7 +235,7 @@ class Rows:
     def sent_back(self) -> dict[tuple[str, str], Array]:
         return self._spread([t.backward for t in self._tasks])
 
-    def each(self, values: Sequence[float]) -> Array:
+    def each(self, values: Sequence[float] | Array) -> Array:
         """Values of the folded graph's operators as values of all operators."""
         return np.array(values, dtype=float)[self.folded.index]
 
@@ -329,11 +362,13 @@ class Table:
         """What every stretch between two of these operators holds; arguments as for `between`."""
         at = np.array(bounds)
         entries, sizes, tensors, summed = self.weights.between(at)
+        largest, growing = self._most_back(at)
         return Held(
             kept=_differences(self._kept[at]),
             halved=_differences(self._halved[at]),
             inside=self._most_inside(at),
-            largest=_most(np.array([self.rows.largest[a:b].max(initial=0.0) for a, b in pairwise(at)])),
+            largest=largest,
+            growing=growing,
             weights=entries,
             weight_bytes=sizes,
             tensors=tensors,
@@ -350,6 +385,19 @@ class Table:
         ways = [{k: (_differences(c[at]), _differences(s[at])) for k, (c, s) in m.items()} for m in self._messages]
         sums: dict[str, Any] = {name: _differences(running[at]) for name, running in self._sums.items()}
         return Stretches(**vars(self.held(bounds)), **sums, sent=ways[0], sent_back=ways[1])
+
+    def _most_back(self, at: Bounds) -> tuple[Array, Array]:
+        """What backward of every stretch makes at its fullest moment besides what is kept: `largest` and `growing`."""
+        if self.rows.back is None:
+            largest = _most(_tops(self.rows.largest, at))
+            return largest, largest
+        grads, others = self.rows.back
+        # Behind an operator nothing is kept any more.
+        moments = self._kept[1:] + others
+        largest = _most(_tops(moments + grads, at)) - self._kept[at][None, :]
+        made = self.weights.gradients()
+        growing = _most(_tops(moments - made[:-1], at)) + made[at][:, None] - self._kept[at][None, :]
+        return tuple(np.triu(each, 1) for each in (largest, growing))  # type: ignore[return-value]
 
     def _most_inside(self, at: Bounds) -> Array:
         if not self._inside.any():
@@ -370,6 +418,11 @@ def _running(values: Array) -> Array:
 def _differences(running: Array) -> Array:
     """For each pair of bounds what is between them."""
     return running[None, :] - running[:, None]
+
+
+def _tops(values: Array, at: Bounds) -> Array:
+    """The largest value between neighbouring bounds."""
+    return np.array([values[a:b].max(initial=-np.inf if a < b else 0.0) for a, b in pairwise(at)])
 
 
 def _most(values: Array) -> Array:

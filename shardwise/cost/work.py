@@ -347,6 +347,19 @@ class Work:
             found.append(total + sum(others) * share if values or others else total)
         return found
 
+    def back(self, samples: int) -> list[tuple[float, float]]:
+        """For each operator the bytes that its backward makes: of parameters' gradients, and of all else."""
+        found = []
+        for op in self.graph.ops:
+            keeps, sizes = self.saved[op], [0.0, 0.0]
+            needs = {o.value: self.layout.needs(op, o.slot) for o in op.context.inputs}
+            for value in keeps.fresh:
+                size = self.local_bytes(value, samples)
+                sizes[value not in self._params] += max(size, self.local_bytes(value, samples, needs.get(value)))
+            room = sum(size.at(samples) for size in keeps.room) * self.layout.share(op)
+            found.append((sizes[0], sizes[1] + room))
+        return found
+
     def _fused_keeps(self, op: Op, values: tuple[Value, ...]) -> tuple[Value, ...]:
         """What a fused operator keeps: of what never reaches memory that from which it is computed again."""
         found: dict[Value, None] = {}

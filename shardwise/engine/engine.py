@@ -26,7 +26,7 @@ from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch
 from shardwise.parallel.mesh import Mesh, Traffic
 from shardwise.parallel.pipeline import Pipeline
-from shardwise.parallel.rank import RankModel
+from shardwise.parallel.rank import RankModel, let_go
 from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import actions
 from shardwise.parallel.sharded import Resharding
@@ -74,7 +74,7 @@ class GraphEngine(Engine):
         self.model = RankModel(
             self.split, self.device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None
         )
-        self.model.load(module)
+        self.model.load(module, frees=not borrowed)
         self._reduction = Reduction(self.model)
         self._whole = Whole(module, self._reduction)
         self.optimizer, self.scheduler = self._make_optimizer(module)
@@ -85,7 +85,8 @@ class GraphEngine(Engine):
         # Kept for its structure: evaluation captures it once more.
         self._module = module
         if not borrowed:
-            _let_go(module)
+            for param in module.parameters():
+                let_go(param)
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -183,12 +184,6 @@ def parallelize(
     except CaptureError as error:
         why = str(error)
     return ModuleEngine(job, plan, why=why, dtype=dtype, module=module)
-
-
-def _let_go(module: nn.Module) -> None:
-    """Free a module's weights and keep their shapes."""
-    for param in module.parameters():
-        param.data = param.new_empty(()).expand(param.shape)
 
 
 def _local_rank() -> int:

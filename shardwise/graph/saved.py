@@ -1,4 +1,4 @@
-"""Which tensors autograd saves for backward, observed: operators run under fake tensors with torch's own hooks."""
+"""What backward needs, observed: operators run under fake tensors, with torch's own hooks for saved tensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.autograd.graph import saved_tensors_hooks
 
+from shardwise.graph.backward import look_back, weigh_back
 from shardwise.graph.blocks import key_of
 from shardwise.graph.capture import without_logs
 from shardwise.graph.dims import Size, product
@@ -23,19 +24,23 @@ _MOST = 2**26
 
 
 class Saved(NamedTuple):
-    """What one operator keeps for backward.
+    """What one operator keeps for backward, and what that makes.
 
     Attributes:
         values: tensors of the graph; a view stands for the tensor that it is a view of.
         others: bytes of each tensor that is neither an input nor an output, such as the statistics of a norm.
+        fresh: tensors of the graph whose gradient is a new one, and not a view of what comes back, nor the same.
+        room: bytes that backward takes besides at its fullest moment, to be added up.
     """
 
     values: tuple[Value, ...]
     others: tuple[Size, ...]
+    fresh: tuple[Value, ...] = ()
+    room: tuple[Size, ...] = ()
 
 
 def saved(graph: Graph) -> Mapping[Op, Saved]:
-    """What every operator keeps for backward, in one forward pass.
+    """What every operator keeps for backward, in one forward pass, and what its backward makes.
 
     Operators that are alike are looked at once. One that does not run under fake tensors is run on one sample and on
     two; one that does not run at all is taken to keep all its inputs and outputs.
@@ -54,16 +59,27 @@ def saved(graph: Graph) -> Mapping[Op, Saved]:
         for out, source in look.views:
             roots[op.outputs[out]] = roots.get(op.inputs[source], op.inputs[source])
         kept = dict.fromkeys(roots.get(tensors[i], tensors[i]) for i in look.kept)
-        found[op] = Saved(tuple(kept), look.others)
+        fresh = dict.fromkeys(op.inputs[i] for i in look.fresh)
+        found[op] = Saved(tuple(kept), look.others, tuple(fresh), look.room)
     return found
 
 
 class _Seen(NamedTuple):
-    """What was seen of an operator: the places of kept tensors among its inputs and outputs, and which are views."""
+    """What was seen of an operator.
+
+    Attributes:
+        kept: places of kept tensors among its inputs and outputs.
+        others: as in `Saved`.
+        views: places of outputs that are views, and of what they are views of.
+        fresh: places of inputs whose gradients are new tensors.
+        room: as in `Saved`.
+    """
 
     kept: tuple[int, ...]
     others: tuple[Size, ...]
     views: tuple[tuple[int, int], ...]
+    fresh: tuple[int, ...] = ()
+    room: tuple[Size, ...] = ()
 
 
 def _observe(graph: Graph, op: Op) -> _Seen:
@@ -73,13 +89,34 @@ def _observe(graph: Graph, op: Op) -> _Seen:
         return _Seen((), (), ())
     # Whatever an operator raises only costs precision here.
     with contextlib.suppress(Exception), without_logs(), mode:
-        return _run(graph, op, {n: n.meta["val"].detach() if graph.value(n) else n.meta["val"] for n in nodes})
+        given = {n: n.meta["val"].detach() if graph.value(n) else n.meta["val"] for n in nodes}
+        seen, outs, wanted = _run(graph, op, given)
+        with contextlib.suppress(Exception):
+            back = look_back(outs, [t for _, t in wanted], lambda t: _bytes(graph, t))
+            return seen._replace(fresh=tuple(wanted[i][0] for i in back.fresh), room=_affine(*back.room))
+        return seen._replace(fresh=tuple(i for i, _ in wanted))
     with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]):
-        one, two = (_run(graph, op, {n: _real(graph, n, samples) for n in nodes}) for samples in (1, 2))
-        each = sum(size.at(1) for size in two.others) - sum(size.at(1) for size in one.others)
-        once = sum(size.at(1) for size in one.others) - each
-        return _Seen(two.kept, (Size(max(each, 0), 1), Size(max(once, 0), 0)), two.views)
-    return _Seen(tuple(range(len(op.inputs) + len(op.outputs))), (), ())
+        runs = [_run(graph, op, {n: _real(graph, n, samples) for n in nodes}) for samples in (1, 2)]
+        others = [float(sum(size.at(1) for size in seen.others)) for seen, _, _ in runs]
+        seen, _, wanted = runs[1]
+        fresh, room = tuple(i for i, _ in wanted), [0.0, 0.0]
+        with contextlib.suppress(Exception):
+            weighed = [weigh_back(outs, [t for _, t in asked]) for _, outs, asked in runs]
+            fresh, room = tuple(wanted[i][0] for i in weighed[1][0]), [size for _, size in weighed]
+        return _Seen(seen.kept, _affine(*others), seen.views, fresh, _affine(*room))
+    return _Seen(tuple(range(len(op.inputs) + len(op.outputs))), (), (), tuple(range(len(op.inputs))))
+
+
+def _affine(one: float, two: float) -> tuple[Size, Size]:
+    """What a number of bytes is made of that is known for one sample and for two: of each sample, and once."""
+    each = max(int(two - one), 0)
+    return Size(each, 1), Size(max(int(one) - each, 0), 0)
+
+
+def _bytes(graph: Graph, tensor: Tensor) -> tuple[int, int]:
+    """Bytes of a fake tensor with one sample and with two."""
+    size = product([graph.size(s) for s in tensor.shape]) * tensor.element_size()
+    return size.at(1), size.at(2)
 
 
 def _real(graph: Graph, node: fx.Node, samples: int) -> Any:
@@ -97,8 +134,8 @@ def _real(graph: Graph, node: fx.Node, samples: int) -> Any:
     return torch.zeros(shape, dtype=fake.dtype)
 
 
-def _run(graph: Graph, op: Op, given: Mapping[fx.Node, Any]) -> _Seen:
-    """What an operator keeps when it is run on these."""
+def _run(graph: Graph, op: Op, given: Mapping[fx.Node, Any]) -> tuple[_Seen, list[Tensor], list[tuple[int, Tensor]]]:
+    """What an operator keeps when it is run on these; what it makes; and its inputs that get gradients, by place."""
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -132,7 +169,10 @@ def _run(graph: Graph, op: Op, given: Mapping[fx.Node, Any]) -> _Seen:
             found[owner] = None
         else:
             others.append(product([graph.size(s) for s in tensor.shape]) * tensor.element_size())
-    return _Seen(tuple(found), tuple(others), tuple(views))
+    values = {node: graph.value(node) for node in given}
+    wanted = {op.inputs.index(v): given[n] for n, v in values.items() if v in graph.needs_grad and v in op.inputs}
+    outs = [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+    return _Seen(tuple(found), tuple(others), tuple(views)), outs, sorted(wanted.items(), key=lambda each: each[0])
 
 
 def _storage(tensor: Tensor) -> int:

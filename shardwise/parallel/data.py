@@ -67,10 +67,11 @@ class GradientSync:
             bucket.waiting = len(bucket.params)
 
     def _ready(self, param: Tensor) -> None:
+        bucket, i = self._where[param]  # type: ignore[index]
+        # Micro-batches accumulate where the sum will be made, so that gradients are there once.
+        bucket.collect(i)
         if not self._active:
             return
-        bucket, i = self._where[param]  # type: ignore[index]
-        bucket.collect(i)
         bucket.waiting -= 1
         # Every rank sends its buckets in the same order, whatever order they fill in.
         while self._next < len(self.buckets) and self.buckets[self._next].waiting <= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -83,12 +84,22 @@ class RankModel:
         ]
         return list(dict.fromkeys([*read, *made, *self.travels]))
 
-    def load(self, module: nn.Module) -> None:
-        """Take this rank's part of the parameters, and the buffers, of a whole module."""
+    def load(self, module: nn.Module, *, frees: bool = False) -> None:
+        """Take this rank's part of the parameters, and the buffers, of a whole module.
+
+        Args:
+            module: whole.
+            frees: lets go of the module's own parameters one by one, but for their shapes.
+        """
         named = dict(module.named_parameters(remove_duplicate=False))
+        left = Counter(named[name] for name in self.used)
         for name in self.used:
-            local = self.split.shard(self.split.graph.params[name], named[name].detach()).to(self.device).clone()
-            self.params[name] = nn.Parameter(local, requires_grad=named[name].requires_grad)
+            param = named[name]
+            local = self.split.shard(self.split.graph.params[name], param.detach()).to(self.device).clone()
+            self.params[name] = nn.Parameter(local, requires_grad=param.requires_grad)
+            left[param] -= 1
+            if frees and not left[param]:
+                let_go(param)
         used = self.used_buffers
         for name, buffer in module.named_buffers(remove_duplicate=False):
             if name in used:
@@ -330,3 +341,8 @@ class RankModel:
             self._dtypes.get(value.dtype, value.dtype),
             value in self.split.graph.needs_grad,
         )
+
+
+def let_go(param: nn.Parameter) -> None:
+    """Free a parameter's entries and keep its shape."""
+    param.data = param.new_empty(()).expand(param.shape)

@@ -90,6 +90,9 @@ class Case:
         # In all micro-batches but the first a gradient is added to one that is there.
         added = s.weights * p.accumulate * (1 - 1 / self.plan.micro_batches) / rate
         forward, backward = s.forward, s.backward + s.again + added
+        halved = place.device.halved
+        if halved is not None and rank and self.plan.schedule == "zero-bubble":  # the first stage receives nothing
+            backward = backward + s.meets * halved.value
         all_sent: dict[str, Array] = {}
         ways, staged = [], []
         for messages in (s.sent, s.sent_back):

@@ -85,6 +85,9 @@ class Kernels:
         found = curves.get(task.op.name) or curves.get("aten.linear" if dense else "elementwise", ())
         if not found:
             return self._backward(task) if backward else self._forward(task)
+        column = task.product is not None and task.product.columns == 1
+        column = column and any(curve.by == "column bytes" for curve in found)
+        found = tuple(curve for curve in found if curve.by != ("bytes" if column else "column bytes"))
         # In another precision products take longer or shorter as their rates differ.
         slower = self.device.peak("fp32") / self.device.peak(precision_of(task.dtype)) if dense else 1.0
         seconds = max(

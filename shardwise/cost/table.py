@@ -83,6 +83,7 @@ class Stretches(Held):
         forward, backward: seconds of the device.
         again: seconds of forward that backward does once more.
         calls, calls_back: operators that the host starts.
+        meets: operators at which parameters meet what a stage received.
         sent, sent_back: for each axis and kind of collective, how many and their bytes.
     """
 
@@ -91,12 +92,13 @@ class Stretches(Held):
     again: Array
     calls: Array
     calls_back: Array
+    meets: Array
     sent: Mapping[tuple[str, str], tuple[Array, Array]]
     sent_back: Mapping[tuple[str, str], tuple[Array, Array]]
 
 
 PLAIN = (
-    "forward", "backward", "again", "calls", "calls_back", "kept", "halved", "inside", "largest", "growing",
+    "forward", "backward", "again", "calls", "calls_back", "meets", "kept", "halved", "inside", "largest", "growing",
     "weights", "weight_bytes", "tensors",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
@@ -165,7 +167,8 @@ class Rows:
     ) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
-        self.halved = self.kept * self.each([work.has_weights(op) for op in work.graph.ops])
+        self.meets = self.each([work.has_weights(op) for op in work.graph.ops])
+        self.halved = self.kept * self.meets
         self.halved += self.each([work.has_weights(op) * work.made(op, samples) for op in work.graph.ops])
         self.largest = self.each([2 * work.made(op, samples) for op in work.graph.ops])
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
@@ -333,6 +336,7 @@ class Table:
             "again": _running(rows.forward * more),
             "calls": _running(rows.calls),
             "calls_back": _running(rows.calls * (rows.gradients + more)),
+            "meets": _running(rows.meets),
         }
 
     @cached_property

@@ -11,7 +11,7 @@ from typing import Any
 from shardwise.errors import MachineError
 from shardwise.machine.quantity import Quantity
 
-BY = ("operations", "bytes")
+BY = ("operations", "bytes", "column bytes")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 
 
@@ -21,7 +21,8 @@ class Curve:
 
     Attributes:
         op: the operator, such as `aten.gelu`; "elementwise" stands for all that are bound by memory and have none.
-        by: what its size is counted in: "operations" of forward, or "bytes" that forward reads and writes.
+        by: what its size is counted in: "operations" of forward, "bytes" that forward reads and writes, or "column
+            bytes", those of products with a single column.
         at: sizes, growing.
         forward, backward: seconds at these sizes.
         source: where they came from.

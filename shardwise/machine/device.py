@@ -103,6 +103,7 @@ class Device:
         network: name of the network that usually joins such nodes.
         operators: what operators were measured to take, in place of the shares above.
         step: seconds that a step takes besides its operators, where that was measured.
+        halved: seconds that an operator with parameters takes besides where its backward comes in two halves; likewise.
         portable: share that fused attention reaches without the instructions that earlier devices lack, where that is
             less.
     """
@@ -123,6 +124,7 @@ class Device:
     network: str
     operators: tuple[Curve, ...] = ()
     step: Quantity | None = None
+    halved: Quantity | None = None
     portable: Quantity | None = None
 
     @classmethod
@@ -134,7 +136,7 @@ class Device:
         """
         table = _table(table, where)
         keys = {"name", "title", "kind", "units", "memory", "bandwidth", "node", "network", "flops", "reached", "link"}
-        _closed(table, keys, where, may={"operators", "step"})
+        _closed(table, keys, where, may={"operators", "step", "halved"})
         kind = str(table["kind"])
         if kind not in KINDS:
             raise MachineError(f"kind of {where} must be one of {', '.join(KINDS)}, but is {kind!r}")
@@ -166,6 +168,7 @@ class Device:
             network=str(table["network"]),
             operators=tuple(Curve.read(row, where) for row in _rows(table, "operators", where)),
             step=of(table, "step", "seconds") if "step" in table else None,
+            halved=of(table, "halved", "seconds") if "halved" in table else None,
             portable=of(reached, "portable", "a share") if "portable" in reached else None,
         )
 

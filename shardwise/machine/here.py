@@ -124,6 +124,7 @@ def _device_lines(d: Device) -> list[str]:
         "", f"[{at}]", f'title = "{d.title}"', f'kind = "{d.kind}"', entry("units", d.units),
         entry("memory", d.memory, "GiB", 2.0**30), entry("bandwidth", d.bandwidth, "GB/s", 1e9), entry("node", d.node),
         f'network = "{d.network}"', *([entry("step", d.step, "us", 1e-6)] if d.step is not None else []),
+        *([entry("halved", d.halved, "us", 1e-6)] if d.halved is not None else []),
         "", f"[{at}.flops]", *(entry(p, rate, "GFLOP/s", 1e9) for p, rate in d.flops.items()),
         "", f"[{at}.reached]", entry("matmul", d.matmul), entry("attention", d.attention), entry("memory", d.reached),
         entry("call", d.call, "us", 1e-6), *_link_lines(d.link, f"{at}.link", entry),

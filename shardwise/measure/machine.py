@@ -23,11 +23,13 @@ from shardwise.machine.here import accelerator, processor
 from shardwise.machine.quantity import Quantity
 from shardwise.measure.probes import curves, rates, timed
 
-SECONDS = 100.0
+SECONDS = 85.0
 """That measuring may take, about, besides the start of ranks."""
 _SMALL, _LARGE = 1 << 10, 25 << 20
 """Bytes of the tensors whose collectives are timed: for the latency, and, a bucket of gradients, for the bandwidth."""
 _REPEATED = 20
+_LAYERS, _ROUNDS = 32, 40
+"""Of the layers whose backward comes in one piece and in two, in turns; and the number of turns."""
 _SIDE = {"cpu": 768, "cuda": 4096}
 """Of the matrices whose product ranks compute before each collective, several milliseconds."""
 
@@ -78,6 +80,7 @@ def _measured(computing: bool, seconds: float) -> dict[str, Any]:
             found["rates"] = rates(place.backend, together)
             found["times"] = timed(place.backend, seconds * 0.7, together)
             found["step"] = _step(place.world)
+            found["halved"] = _halved()
         repeated = max(4, min(_REPEATED, int(4 * seconds)))
         sizes = [n for n in (2, 4, place.world) if place.world > 1 and place.world % n == 0]
         found["collectives"] = {n: collectives(n, place.backend, repeated) for n in dict.fromkeys(sizes)}
@@ -183,6 +186,27 @@ def _step(ranks: int) -> float:
     return statistics.median(times[10:])
 
 
+def _halved() -> float:
+    """Seconds that an operator with parameters takes besides where backward comes in two halves."""
+    from shardwise.parallel.defer import Recorder, deferred
+
+    layers, linear = [torch.nn.Linear(8, 8) for _ in range(_LAYERS)], torch.nn.functional.linear
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for k in range(2 * _ROUNDS):
+        halves, recorder = k % 2 == 1, Recorder(targets=[(linear, False)])
+        x = y = torch.zeros(8, 8, requires_grad=True)
+        start = time.perf_counter()
+        tape = recorder.start()
+        for layer in layers:
+            given = y, layer.weight, layer.bias
+            y = deferred(recorder, 0, (1, 2), *given) if halves else linear(*given)
+        y.backward(torch.ones_like(y))
+        tape.play((), ())
+        times[halves].append((time.perf_counter() - start) / _LAYERS)
+        del x, y
+    return max(statistics.median(times[True]) - statistics.median(times[False]), 1e-9)
+
+
 # --- as a device ------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +233,7 @@ def _device(ranks: int, backend: Backend, told: Sequence[dict[str, Any]], most: 
             flops={p: measured(r.value / slower, more) for p, r in most.flops.items()},
             operators=tuple(curve.times(slower) for curve in most.operators),
             step=None if most.step is None else measured(most.step.value * slower, more),
+            halved=None if most.halved is None else measured(most.halved.value * slower, more),
         )  # fmt: skip
 
     def mean(key: str) -> float:
@@ -239,6 +264,7 @@ def _device(ranks: int, backend: Backend, told: Sequence[dict[str, Any]], most: 
         network="ethernet-1" if base is None else base.network,
         operators=operators,
         step=measured(statistics.mean(t["step"] for t in told)),
+        halved=measured(statistics.mean(t["halved"] for t in told)),
     )
 
 

@@ -23,8 +23,8 @@ from shardwise.machine.curve import Curve
 
 _CACHE = 64_000_000
 """Bytes of inputs that are taken in turns, so that none is in a cache that it would not be in between two steps."""
-_FEWEST, _MOST = 5, 300
-"""Repetitions of one size."""
+_FEWEST, _MOST, _PASSES = 5, 2000, 3
+"""Repetitions of one size in one pass, and passes over all of them."""
 _LEAST = 2e-7
 """Seconds below which a time is noise."""
 
@@ -104,6 +104,7 @@ PROBES: tuple[Probe, ...] = (
     Probe("aten.linear", "bytes", lambda: Run(F.linear, (2048, 2048)), ((2048,),), (1,)),
     Probe("aten.bmm", "operations", lambda: Run(torch.bmm), ((64, 64), (64, 64)), (1, 16, 256)),
     Probe("aten.bmm", "bytes", lambda: Run(torch.bmm), ((1, 256), (256, 256)), (1, 16, 128, 512)),
+    Probe("aten.bmm", "column bytes", lambda: Run(torch.bmm), ((256, 256), (256, 1)), (1, 16, 128, 512)),
     Probe("aten.conv2d", "operations", lambda: Run(_same, (64, 64, 3, 3)), ((64, 16, 16),), (1, 4, 16)),
     Probe("aten.conv2d", "operations", lambda: Run(_same, (128, 128, 3, 3)), ((128, 16, 16),), (16,)),
     Probe("aten.conv2d", "bytes", lambda: Run(F.conv2d, (16, 16, 1, 1)), ((16, 32, 32),), (1, 8, 64)),
@@ -186,7 +187,7 @@ def _is(name: str, op: str) -> bool:
 
 
 def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> list[list[tuple[float, float]]]:
-    """Median seconds of forward and of backward of each probe at each number of samples, on this rank.
+    """Seconds of forward and of backward of each probe at each number of samples, on this rank: the least median.
 
     Args:
         backend: what it runs on.
@@ -196,20 +197,20 @@ def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> lis
     device = backend.device()
     runs = [[(probe, batch) for batch in probe.batches] for probe in PROBES]
     made = [probe.make().to(device) for probe in PROBES]
-    each = seconds / sum(len(row) for row in runs) / 2
+    each = seconds / sum(len(row) for row in runs) / _PASSES
     samples: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
     nothing = _overhead(backend)
-    for _ in range(2):  # what disturbs one pass leaves the other
+    for _ in range(_PASSES):  # what disturbs one pass leaves the others
         for i, row in enumerate(runs):
             for probe, batch in row:
                 together()
                 forward, backward = _sampled(probe, batch, made[i], backend, each)
                 kept = samples.setdefault((i, batch), ([], []))
-                kept[0].extend(forward)
-                kept[1].extend(backward)
+                kept[0].append(statistics.median(forward))
+                kept[1].append(statistics.median(backward))
     return [
         [
-            (statistics.median(samples[i, batch][0]), max(statistics.median(samples[i, batch][1]) - nothing, _LEAST))
+            (min(samples[i, batch][0]), max(min(samples[i, batch][1]) - nothing, _LEAST))
             for _, batch in row
         ]
         for i, row in enumerate(runs)

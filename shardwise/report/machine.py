@@ -47,6 +47,8 @@ def machine_page(cluster: Cluster) -> str:
     rows.append(["memory", *(size(d.memory.value) for d in devices)])
     rows.append(["the shortest operator", *(duration(d.call.value) for d in devices)])
     rows.append(["a step besides operators", *(duration(d.step.value) if d.step else "" for d in devices)])
+    halves = (duration(d.halved.value) if d.halved else "" for d in devices)
+    rows.append(["an operator's backward in two halves", *halves])
     parts = [devices[0].title.partition(",")[0], table(rows)]
     rows = [["operator", *(f"{n.devices}: forward, backward" for n in cluster.nodes), "of"]]
     for i, curve in enumerate(devices[0].operators):
@@ -78,7 +80,8 @@ def _device(ranks: int, d: Device) -> dict[str, Any]:
     return {
         "ranks": ranks, "title": d.title, "kind": d.kind, "memory": d.memory.value, "bandwidth": d.bandwidth.value,
         "flops": {precision: rate.value for precision, rate in d.flops.items()}, "call": d.call.value,
-        "step": d.step.value if d.step is not None else None, "source": d.bandwidth.source,
+        "step": d.step.value if d.step is not None else None,
+        "halved": d.halved.value if d.halved is not None else None, "source": d.bandwidth.source,
         "operators": [
             {"op": c.op, "by": c.by, "at": c.at, "forward": c.forward, "backward": c.backward} for c in d.operators
         ],

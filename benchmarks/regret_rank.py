@@ -29,7 +29,8 @@ from shardwise.plan.plan import Plan
 
 ALL, MORE, TURN = 3, 5, 2
 """Steps of every plan and further ones of those near the fastest that are counted, and how many of them in one turn."""
-NEAR = 1.15
+NEAR, FAR = 1.15, 3.0
+"""How many times as long as the fastest plan's a step takes of those near it, and of those of which one step counts."""
 DISTURBED, TICK = 0.1, 0.02
 """Processors that other programs may keep busy in a step that counts; and seconds by which the system counts."""
 MEMORY_STEPS = 2
@@ -64,17 +65,18 @@ def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], seco
     engines = [parallelize(job, Plan.parse(text), graph=graph) for text in plans]
     calm: list[list[float]] = [[] for _ in engines]
     disturbed: list[list[float]] = [[] for _ in engines]
-    for engine in engines:
-        engine.step(batches[0])
+    first = [_step(engine, batches[0])[0] for engine in engines]
+    far = [once > FAR * min(first) for once in first]
     gc.collect()
     gc.disable()
     until = time.monotonic() + seconds
     try:
         for k in range(ALL + MORE):
-            middles = [statistics.median(c or d) if c or d else 0.0 for c, d in zip(calm, disturbed, strict=True)]
+            middles = [statistics.median(c or d or [f]) for c, d, f in zip(calm, disturbed, first, strict=True)]
             near = NEAR * min(middles)
             go = [
-                len(times) < ALL + (MORE if middle <= near else 0) for times, middle in zip(calm, middles, strict=True)
+                not lost and len(times) < ALL + (MORE if middle <= near else 0)
+                for times, middle, lost in zip(calm, middles, far, strict=True)
             ]
             if not _agreed(any(go) and (k < 1 or time.monotonic() < until), go):
                 break
@@ -86,7 +88,8 @@ def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], seco
                         (disturbed if other > DISTURBED else calm)[i].append(taken)
     finally:
         gc.enable()
-    return [c if len(c) >= 2 else c + d for c, d in zip(calm, disturbed, strict=True)]
+    counted = [c if len(c) >= 2 else c + d for c, d in zip(calm, disturbed, strict=True)]
+    return [times or [once] for times, once in zip(counted, first, strict=True)]
 
 
 def _agreed(on: bool, go: list[bool]) -> bool:

@@ -111,6 +111,9 @@ class Backend:
         if self.device_type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             return True
+        libc = _glibc()
+        if libc is not None:
+            libc.malloc_trim(0)  # what tensors of an earlier run gave back
         try:
             _CLEAR_REFS.write_text("5")  # proc(5): 5 resets the peak resident set size to the current one
         except OSError:
@@ -155,10 +158,15 @@ def _peak_resident() -> int:
 
 def _keep_memory() -> None:
     """Keep what is freed for the next tensors; to get 33 MB from the system each time takes it 13 ms to make pages."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # of glibc
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_MMAP_MAX, 0)
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_MAX, 0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def _read(path: Path) -> str:

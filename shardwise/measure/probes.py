@@ -209,10 +209,7 @@ def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> lis
                 kept[0].append(statistics.median(forward))
                 kept[1].append(statistics.median(backward))
     return [
-        [
-            (min(samples[i, batch][0]), max(min(samples[i, batch][1]) - nothing, _LEAST))
-            for _, batch in row
-        ]
+        [(min(samples[i, batch][0]), max(min(samples[i, batch][1]) - nothing, _LEAST)) for _, batch in row]
         for i, row in enumerate(runs)
     ]
 

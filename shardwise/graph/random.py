@@ -69,7 +69,7 @@ def uniform_at(at: Tensor, key: int, dtype: torch.dtype) -> Tensor:
 
 
 def dropout_at(x: Tensor, p: float, at: Tensor, key: int) -> Tensor:
-    """Dropout whose mask is a function of position; kept is where a uniform number is below 1 - p, as by torch's own."""
+    """Dropout whose mask is a function of position; kept is where a uniform number is below 1 - p, as in torch."""
     if p >= 1.0:
         return x * 0.0
     keep = (bits(at, key) >> 8) < math.ceil((1.0 - p) * (1 << 24))

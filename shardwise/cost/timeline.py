@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from shardwise.parallel.schedule import Action, orders
 
@@ -38,24 +39,15 @@ def pipeline_seconds(
     if schedule != "zero-bubble" and micros >= ranks and stages * micros > _MANY:
         slower = [b + t for b, t in zip(backward, turns, strict=True)]
         return steady_seconds(schedule, ranks, micros, forward, slower, sends)
-    done: dict[Action, float] = {}
-    order = _orders(schedule, ranks, stages, micros)
-    clock, at = [0.0] * ranks, [0] * ranks
-    moved = True
-    while moved:
-        moved = False
-        for rank in range(ranks):
-            while at[rank] < len(order[rank]):
-                action = order[rank][at[rank]]
-                ready = _ready(action, stages, done, sends)
-                if ready is None:
-                    break
-                start = max(clock[rank], ready)
-                turned = action.kind != "F" and at[rank] > 0 and order[rank][at[rank] - 1].kind == "F"
-                takes = _takes(action, forward, backward) + turns[action.stage] * turned
-                clock[rank] = done[action] = start + takes
-                at[rank] += 1
-                moved = True
+    whole, half = list(backward), [b * 0.5 for b in backward]
+    takes = [*forward, *whole, *half]
+    takes += [t + turn for t, turn in zip((*whole, *half), (*turns, *turns), strict=True)]
+    hops = [*sends, 0.0]
+    done, clock = [0.0], [0.0] * ranks
+    for rank, kind, before, hop in _steps(schedule, ranks, stages, micros):
+        start, ready = clock[rank], done[before] + hops[hop]
+        clock[rank] = end = (ready if ready > start else start) + takes[kind]
+        done.append(end)
     return max(clock)
 
 
@@ -131,9 +123,52 @@ def most_held(ranks: int, each: int, micros: int, rank: int) -> tuple[tuple[int,
     return tuple(first), tuple(ahead)
 
 
-@lru_cache(maxsize=256)
-def _orders(schedule: str, ranks: int, stages: int, micros: int) -> list[list[Action]]:
-    return orders(schedule, ranks, stages, micros)
+class _Step(NamedTuple):
+    """One action: its rank, which of the times it takes, the step that it waits for (0 for none), and over which hop."""
+
+    rank: int
+    kind: int
+    before: int
+    hop: int
+
+
+@lru_cache(maxsize=128)
+def _steps(schedule: str, ranks: int, stages: int, micros: int) -> Sequence[_Step]:
+    """A schedule's actions as they can follow each other, the first as number 1, whatever each of them takes.
+
+    Times are those of all stages' forward, backward, half a backward, and of the latter two behind a forward.
+    """
+    order = orders(schedule, ranks, stages, micros)
+    number: dict[Action, int] = {}
+    steps: list[_Step] = []
+    at, moved = [0] * ranks, True
+    while moved:
+        moved = False
+        for rank, mine in enumerate(order):
+            while at[rank] < len(mine):
+                action = mine[at[rank]]
+                before, hop = _waits(action, stages, number)
+                if before is None:
+                    break
+                turned = action.kind != "F" and at[rank] > 0 and mine[at[rank] - 1].kind == "F"
+                kind = {"F": 0, "B": 1}.get(action.kind, 2) + 2 * turned
+                steps.append(_Step(rank, kind * stages + action.stage, before, hop))
+                number[action] = len(steps)
+                at[rank] += 1
+                moved = True
+    return steps
+
+
+def _waits(action: Action, stages: int, number: Mapping[Action, int]) -> tuple[int | None, int]:
+    """The number of the action that one waits for, 0 for none and None where it is not known yet; and over which hop."""
+    stage, kind, micro = action
+    if kind == "F":
+        return (0, -1) if stage == 0 else (number.get(Action(stage - 1, "F", micro)), stage - 1)
+    if kind == "W":
+        return number.get(Action(stage, "I", micro)), -1
+    if stage == stages - 1:
+        return number.get(Action(stage, "F", micro)), -1
+    return number.get(Action(stage + 1, "B", micro), number.get(Action(stage + 1, "I", micro))), stage
 
 
 def _takes(action: Action, forward: Sequence[float], backward: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from shardwise.graph.capture import Captured, capture, is_getitem
 from shardwise.graph.dims import BATCH, ONE, Dim, Size
+from shardwise.graph.garbage import uncollected
 from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import RULES, Letter, OpContext, Operand, Slot, Value, operator_name
 from shardwise.graph.rules.order import Orders, Region
@@ -92,6 +93,7 @@ class Graph:
         self._name_dims()
 
     @classmethod
+    @uncollected()
     def of(
         cls, job: Job, module: nn.Module | None = None, batch: Batch | None = None, *, training: bool = True
     ) -> Graph:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from shardwise.errors import PlanError
 from shardwise.graph.fold import Folded
+from shardwise.graph.garbage import uncollected
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
@@ -42,6 +43,7 @@ class Ranked:
     reason: str
 
 
+@uncollected()
 def search(
     maker: Maker, cluster: Cluster, options: Options | None = None, tell: Callable[[Found, int], None] | None = None
 ) -> Found:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import combinations, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,8 @@ _FEW = 128
 """Cuts of which all are priced in full."""
 _SCORED = 4
 """How many of the cuts found are priced in full."""
+_ROUNDING = 1e-9
+"""Relative difference of bytes that rounding may make, with room."""
 
 
 def cut_places(table: Table, most: int = _PLACES) -> list[int]:
@@ -115,7 +117,6 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     ranks, n = case.plan.pipeline, len(bounds)
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
     kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
-    stage_kinds = [(id(case.tables[stage % ranks]), id(case.places[stage % ranks])) for stage in range(ranks * chunks)]
     bytes_of = {}
     for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
@@ -123,15 +124,27 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
         bytes_of[id(table)] = alone, one - alone, half - one
     fixed = case.profile.fixed * (1 + case.reserve)
-    used, fits = [], []
+
+    def needs(rank: int, begins: Any) -> Array:
+        """Bytes of the stretches that begin at some bounds, as one of a rank's stages."""
+        alone, each, more = (values[begins] for values in bytes_of[id(case.held[rank])])
+        found: Array = alone + (case.in_flight(rank, ranks * chunks) * each + case.half_done(rank) * more) / chunks
+        return found
+
+    rooms = []
+    for rank in range(ranks):
+        room = np.inf if limit == np.inf else min(case.places[rank].memory, limit or np.inf)
+        rooms.append((room - fixed) / chunks + fixed)  # each of several stages on a rank may use its share
+    at = 0
     for stage in range(ranks * chunks):
-        rank = stage % ranks
-        alone, each, more = bytes_of[id(case.held[rank])]
-        used.append(alone + (case.in_flight(rank, ranks * chunks) * each + case.half_done(rank) * more) / chunks)
-        room = np.inf if limit == np.inf else min(case.places[stage % ranks].memory, limit or np.inf)
-        # Each of several stages on a rank may use its share.
-        fits.append(upper & (used[-1] <= (room - fixed) / chunks + fixed))
-    if not _possible(fits):
+        # As far as it goes: a stage that begins later needs no more memory.
+        row = needs(stage % ranks, at)[at + 1 :]
+        at += np.count_nonzero(row <= rooms[stage % ranks] * (1 + _ROUNDING))
+    if at < n - 1:
+        return None
+    used_by = [needs(rank, slice(None)) for rank in range(ranks)]
+    fits_by = [upper & (some <= room) for some, room in zip(used_by, rooms, strict=True)]
+    if not _possible(fits_by * chunks):
         return None
     live = np.array([case.tables[0].live[b] for b in bounds])
     base = {}
@@ -144,10 +157,11 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         tail = sum(others.values(), shown) + case.update(rank, s)
         base[kind] = times.forward + times.backward + sends[None, :], tail
     grid = _Grid([], [], [])
-    for kind, some, fit in zip(stage_kinds, used, fits, strict=True):
-        for found, values in zip(grid, (*base[kind], some), strict=True):
-            found.append(np.where(fit, values, np.inf))
-    return grid
+    for rank in range(ranks):
+        kind = id(case.tables[rank]), id(case.places[rank])
+        for found, values in zip(grid, (*base[kind], used_by[rank]), strict=True):
+            found.append(np.where(fits_by[rank], values, np.inf))
+    return _Grid(*(found * chunks for found in grid))
 
 
 # The same table is asked for again with another ZeRO stage, or another number of ranks.

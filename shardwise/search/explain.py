@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from shardwise.graph.garbage import uncollected
 from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import Plan
 from shardwise.search.choose import search
@@ -67,6 +68,7 @@ class Explanation:
         return max(best.estimate.seconds, key=lambda item: best.estimate.seconds[item])
 
 
+@uncollected()
 def explain(
     maker: Maker, cluster: Cluster, options: Options | None = None, tell: Callable[[Found, int], None] | None = None
 ) -> Explanation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -222,9 +223,10 @@ _PARTS = 8
 """Into so many parts the layers are divided, of which some are computed again."""
 
 
-def divisors(number: int) -> list[int]:
+@lru_cache(maxsize=1024)
+def divisors(number: int) -> tuple[int, ...]:
     """The divisors of a number, the smallest first."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    return tuple(n for n in range(1, number + 1) if number % n == 0)
 
 
 def layer_patterns(graph: Graph) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from shardwise.cost.place import places
 from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES, profile
 from shardwise.cost.timeline import pipeline_seconds
+from shardwise.cost.traits import Traits
 from shardwise.cost.work import Product, Work
 from shardwise.engine.engine import parallelize
 from shardwise.engine.launch import joined
@@ -181,7 +182,7 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", *long("gpt2", "bert")])
 def test_what_is_fused_keeps_less(name: str) -> None:
     graph = graph_of(name)
-    kept = [sum(Work(graph, (), saved(graph), fused=fused).kept(8)) for fused in ("none", "modules", "all")]
+    kept = [sum(Work(graph, (), saved(graph), Traits(graph, fused=fused)).kept(8)) for fused in ("none", "modules", "all")]
     assert kept[0] >= kept[1] >= kept[2] > 0
 
 

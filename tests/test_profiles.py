@@ -116,7 +116,7 @@ def test_attention_that_is_not_fused_keeps_its_scores() -> None:
     work = Work(whole, (), saved(whole))
     batch = ZOO["llama"]().global_batch
     fused, scores = (sum(work.kept(batch, attention=how)) for how in ("fused", "scores"))
-    ops = [op for op in whole.ops if work.kinds[op] == "attention"]
+    ops = [op for op in whole.ops if work.traits.kinds[op] == "attention"]
     query = [op.context.inputs[0].value for op in ops]
     entries = sum(v.numel().at(batch) / v.sizes[-1].coefficient * v.sizes[-2].at(batch) for v in query)
     statistics = sum(v.numel().at(batch) / v.sizes[-1].coefficient * 4 for v in query)

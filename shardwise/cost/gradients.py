@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
 
 from shardwise.graph.fold import Folded
 from shardwise.graph.graph import Op
@@ -10,8 +13,8 @@ from shardwise.graph.rules import Value
 from shardwise.graph.saved import Saved
 
 
-def gradient_lives(folded: Folded, saved: Mapping[Op, Saved]) -> Sequence[tuple[int, int, int]]:
-    """Of each gradient of a tensor between operators: the operators that made and last read that tensor, its number.
+def gradient_lives(folded: Folded, saved: Mapping[Op, Saved]) -> npt.NDArray[np.int_]:
+    """Of gradients of tensors between operators three rows: what made the tensor, what reads it last, its number.
 
     A gradient is there from the backward of the last reader to that of the maker. A sum or a view passes on what comes
     back: such gradients are one, of the tensor that comes last.
@@ -38,4 +41,5 @@ def gradient_lives(folded: Folded, saved: Mapping[Op, Saved]) -> Sequence[tuple[
         for value in op.inputs:
             if back is not None and value in needed and folded.values[value] not in fresh and len(readers[value]) == 1:
                 one_with[value] = back
-    return [(begin, readers[root][-1].index, numbers[root]) for root, begin in begins.items()]
+    found = [(begin, readers[root][-1].index, numbers[root]) for root, begin in begins.items()]
+    return np.array(found, dtype=int).reshape(-1, 3).T

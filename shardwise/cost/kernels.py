@@ -7,7 +7,8 @@ from collections.abc import Collection
 
 import torch
 
-from shardwise.cost.work import ATTENTION, NOTHING, PRODUCT, Product, Task
+from shardwise.cost.traits import ATTENTION, NOTHING, PRODUCT
+from shardwise.cost.work import Product, Task
 from shardwise.graph.graph import Op
 from shardwise.machine.device import Device
 

@@ -11,6 +11,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from shardwise.cost.case import Case
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.gradients import gradient_lives
@@ -18,7 +21,8 @@ from shardwise.cost.kernels import Kernels
 from shardwise.cost.place import Place, loads, places
 from shardwise.cost.profile import NOTHING, PROFILES, Besides, Profile
 from shardwise.cost.table import Again, Rows, Table, Weights
-from shardwise.cost.work import Work, counts_samples
+from shardwise.cost.traits import Traits, counts_samples
+from shardwise.cost.work import Work
 from shardwise.errors import PlanError
 from shardwise.graph.blocks import Block, blocks
 from shardwise.graph.dims import BATCH
@@ -138,8 +142,13 @@ class Pricer:
         return saved(self.folded.graph)
 
     @cached_property
-    def _gradients(self) -> Sequence[tuple[int, int, int]]:
+    def _gradients(self) -> npt.NDArray[np.int_]:
         return gradient_lives(self.folded, self.saved)
+
+    @cached_property
+    def traits(self) -> Traits:
+        """What operators are before they are split."""
+        return Traits(self.folded.graph, fused=self.profile.fused, prepared=self.profile.prepared)
 
     def work(self, axes: Sequence[SplitAxis]) -> Work:
         """What operators do under these axes."""
@@ -147,9 +156,8 @@ class Pricer:
 
         def make() -> Work:
             return Work(
-                self.folded.graph, axes, self.saved, fused=p.fused, prepared=p.prepared, balanced=p.balanced,
-                regather=p.regather,
-            )  # fmt: skip
+                self.folded.graph, axes, self.saved, self.traits, balanced=p.balanced, regather=p.regather
+            )
 
         return self._once(("work", tuple(axes)), make)
 

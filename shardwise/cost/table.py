@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.kernels import Kernels
-from shardwise.cost.work import ATTENTION, PRODUCT, Message, Task, Work
+from shardwise.cost.traits import ATTENTION, PRODUCT
+from shardwise.cost.work import Message, Task, Work
 from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
 from shardwise.parallel.recompute import blocks_by
@@ -119,14 +120,19 @@ class Weights:
         self.axes = [axis.name for axis in work.axes if axis.size > 1 and axis.dims != ("batch",)]
         first = np.zeros((len(graph.ops) + 1, 3 + len(self.axes)))
         self._repeated: list[tuple[int, int, Array]] = []
-        for name, uses in folded.uses.items():
-            value = folded.values[graph.params[name]]
+
+        def row_of(value: Value) -> list[float]:
             entries = work.local(value, 1)
             over = {work.axes[a].name for a in work.layout.grad_axes(value)}
             size = entries * (each or value.dtype.itemsize)
-            row = np.array([entries, size, 1, *(entries * (axis in over) for axis in self.axes)])
-            first[uses[0] + 1] += row
-            self._repeated += [(before, use, row) for before, use in pairwise(uses)]
+            return [entries, size, 1, *(entries * (axis in over) for axis in self.axes)]
+
+        numbers = {value: n for n, value in enumerate(dict.fromkeys(value for value, _ in folded.reads))}
+        rows = np.array([row_of(value) for value in numbers]).reshape(-1, 3 + len(self.axes))
+        places = [numbers[value] for value, _ in folded.reads]
+        np.add.at(first, [uses[0] + 1 for _, uses in folded.reads], rows[places])
+        for place, (_, uses) in zip(places, folded.reads, strict=True):
+            self._repeated += [(before, use, rows[place]) for before, use in pairwise(uses)]
         self._running = np.cumsum(first, axis=0)
 
     def gradients(self) -> Array:
@@ -163,14 +169,14 @@ class Rows:
         work: Work,
         samples: int,
         kernels: Kernels,
-        gradients: Sequence[tuple[int, int, int]] | None = None,
+        gradients: npt.NDArray[np.int_] | None = None,
     ) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
-        self.meets = self.each([work.has_weights(op) for op in work.graph.ops])
-        self.halved = self.kept * self.meets
-        self.halved += self.each([work.has_weights(op) * work.made(op, samples) for op in work.graph.ops])
-        self.largest = self.each([2 * work.made(op, samples) for op in work.graph.ops])
+        made = [work.made(op, samples) for op in work.graph.ops]
+        self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
+        self.halved = self.meets * (self.kept + self.each(made))
+        self.largest = self.each([2 * size for size in made])
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)
         self._gradients = gradients
@@ -189,10 +195,10 @@ class Rows:
         # What comes back to an operator is what crosses the cut behind it.
         return self.each(mine), self.each(rest) + self._crossing(self._gradients)[1:]
 
-    def _crossing(self, lives: Sequence[tuple[int, int, int]]) -> Array:
+    def _crossing(self, lives: npt.NDArray[np.int_]) -> Array:
         """Bytes of tensors of such lives that cross the cut before each operator, and at the end."""
         change = np.zeros(len(self.folded.whole.ops) + 2)
-        begins, ends, numbers = np.array(lives, dtype=int).reshape(-1, 3).T
+        begins, ends, numbers = lives
         np.add.at(change, begins + 1, self.bytes[numbers])
         np.add.at(change, ends + 1, -self.bytes[numbers])
         return np.cumsum(change)[:-1]
@@ -224,11 +230,11 @@ class Rows:
 
     @cached_property
     def products(self) -> Array:
-        return self.each([kind == PRODUCT for kind in self._work.kinds.values()]).astype(bool)
+        return self.each([kind == PRODUCT for kind in self._work.traits.kinds.values()]).astype(bool)
 
     @cached_property
     def attention(self) -> Array:
-        return self.each([kind == ATTENTION for kind in self._work.kinds.values()]).astype(bool)
+        return self.each([kind == ATTENTION for kind in self._work.traits.kinds.values()]).astype(bool)
 
     @cached_property
     def sent(self) -> dict[tuple[str, str], Array]:

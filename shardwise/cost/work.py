@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 
 from shardwise.cost.place import DATA
+from shardwise.cost.traits import ATTENTION, MEMORY, NOTHING, PRODUCT, Traits
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 from shardwise.graph.saved import Saved
 from shardwise.parallel.layout import PARTIAL, VARIES, WHOLE, Cut, Layout, SplitAxis, State, States
 
-PRODUCT, ATTENTION, MEMORY, NOTHING = "product", "attention", "memory", "nothing"
-_ATTENTION = {"aten.scaled_dot_product_attention"}
 _CHANNELS_FIRST = ("aten.conv", "aten._conv")
 
 
@@ -77,9 +76,7 @@ class Work:
         graph: the captured model.
         axes: the mesh axes that split other dims than the batch; all of them where operators need all samples.
         saved: what each operator keeps for backward.
-        fused: which operators bound by memory run as one where they follow each other: "none", those of one module
-            ("modules": a norm, an activation), or "all".
-        prepared: whether what depends on the batch alone costs nothing.
+        traits: what is known of the operators before they are split; None for those of the graph where nothing is fused.
         balanced: whether the queries of each rank are early ones and late ones, so that causal attention takes half of
             the keys however they are split.
         regather: whether of a tensor gathered for an operator the own part is kept, and gathered again in backward.
@@ -90,16 +87,15 @@ class Work:
         graph: Graph,
         axes: Sequence[SplitAxis],
         saved: Mapping[Op, Saved],
+        traits: Traits | None = None,
         *,
-        fused: str = "none",
-        prepared: bool = False,
         balanced: bool = False,
         regather: bool = False,
     ) -> None:
         self.graph, self.axes, self.saved = graph, tuple(axes), saved
-        self.fused, self.prepared, self.balanced, self.regather = fused, prepared, balanced, regather
+        self.traits = traits or Traits(graph)
+        self.balanced, self.regather = balanced, regather
         self.layout = Layout(graph, axes)
-        self._params = {v: n for n, v in graph.params.items()}
         self._tasks: dict[int, list[Task]] = {}
 
     # -- sizes -------------------------------------------------------------------------------------------------------
@@ -122,7 +118,7 @@ class Work:
 
     def made(self, op: Op, samples: int) -> float:
         """Bytes of what an operator makes that gradients flow through, on one rank."""
-        return sum(self.local_bytes(v, samples) for v in op.outputs if v in self.graph.needs_grad)
+        return sum(self.local_bytes(v, samples) for v in self.traits.of[op].made)
 
     # -- tasks -------------------------------------------------------------------------------------------------------
 
@@ -133,94 +129,27 @@ class Work:
         return self._tasks[samples]
 
     def _task(self, op: Op, samples: int) -> Task:
-        graph = self.graph
-        kind = self.kinds[op]
-        share = self.layout.share(op)
+        trait, share = self.traits.of[op], self.layout.share(op)
+        kind, gradients = trait.kind, trait.gradients
         flops = op.context.work.at(samples) * share
-        gradients = len({v for v in op.inputs if v in graph.needs_grad})
-        needs = {operand.value: self.layout.needs(op, operand.slot) for operand in op.context.inputs}
-        out = sum(self.local_bytes(v, samples) for v in op.outputs if self._reaches_memory(v, op))
-        read = {v: self.local_bytes(v, samples, needs[v]) for v in needs if self._reaches_memory(v, op)}
+        out = sum(self.local_bytes(v, samples) for v in trait.writes)
+        read = [self.local_bytes(r.value, samples, self.layout.needs(op, r.slot)) for r in trait.reads]
         # What an operator keeps and no other has, it writes in forward and reads in backward.
         inside = sum(size.at(samples) for size in self.saved[op].others) * share if kind == MEMORY else 0.0
-        moved = sum(read.values()) + out + inside
-        grads = sum(size for v, size in read.items() if v in graph.needs_grad)
-        calls = int(kind != NOTHING and (kind != MEMORY or self.fused == "none" or out > 0))
-        if op in self._biases:
+        moved = sum(read) + out + inside
+        grads = sum(size for r, size in zip(trait.reads, read, strict=True) if r.grad)
+        calls = int(kind != NOTHING and (kind != MEMORY or self.traits.fused == "none" or out > 0))
+        if trait.bias:
             moved, calls = 0.0, 0
-        learned = any(v in graph.learned for v in op.outputs)
-        if kind == NOTHING or (self.prepared and not learned):
+        if trait.free:
             moved = grads = flops = 0.0
             calls = 0
         back = moved + grads if gradients and op.name not in _FREE_BACK else 0.0
         forward, backward = self._messages(op, samples)
-        dtype = next((v.dtype for v in op.outputs if v.dtype.is_floating_point), torch.float32)
         product = self._product(op, samples, flops) if kind == PRODUCT else None
         queries = any(c.letter is not None and c.letter.special == "queries" for c in self.layout.choices[op])
         causal = bool(op.context.arguments.get("is_causal", False)) and (self.balanced or not queries)
-        return Task(op, kind, dtype, flops, product, gradients, moved, back, causal, calls, forward, backward)
-
-    @cached_property
-    def kinds(self) -> Mapping[Op, str]:
-        """What bounds each operator."""
-        found = {}
-        for op in self.graph.ops:
-            if op.name in _ATTENTION:
-                found[op] = ATTENTION
-            elif op.context.work.coefficient:
-                found[op] = PRODUCT
-            else:
-                found[op] = NOTHING if is_view(op) else MEMORY
-        return found
-
-    @cached_property
-    def _biases(self) -> Collection[Op]:
-        """Additions of a bias that run inside of the product before them; what fuses more has them anyway."""
-        if self.fused != "none":
-            return ()
-        learned, producer = set(self.graph.params.values()), self.graph.producer
-        return {
-            op for op in self.graph.ops
-            if op.name == "aten.add" and len(op.inputs) == 2 and op.inputs[1] in learned and op.inputs[0] in producer
-            and self.kinds[producer[op.inputs[0]]] == PRODUCT and len(self._readers[op.inputs[0]]) == 1
-        }  # fmt: skip
-
-    @cached_property
-    def _levels(self) -> Mapping[Op, int]:
-        """How many products lie at most before an operator: operators of one level can be fused."""
-        levels: dict[Op, int] = {}
-        producer = self.graph.producer
-        for op in self.graph.ops:
-            before = [producer[v] for v in op.inputs if v in producer]
-            levels[op] = max((levels[b] + (self.kinds[b] in (PRODUCT, ATTENTION)) for b in before), default=0)
-        return levels
-
-    @cached_property
-    def _readers(self) -> Mapping[Value, list[Op]]:
-        found: dict[Value, list[Op]] = {}
-        for op in self.graph.ops:
-            for v in op.inputs:
-                found.setdefault(v, []).append(op)
-        return found
-
-    def _fuses(self, a: Op, b: Op) -> bool:
-        """Whether what `a` computes for `b` never reaches memory."""
-        small = (MEMORY, NOTHING)
-        if self.kinds[a] not in small or self.kinds[b] not in small or self._levels[a] != self._levels[b]:
-            return False
-        return self.fused == "all" or (a.module == b.module != "")
-
-    def _reaches_memory(self, value: Value, op: Op) -> bool:
-        """Whether an operator reads or writes this tensor in memory."""
-        if self.fused == "none" or self.kinds[op] != MEMORY:
-            return True
-        producer = self.graph.producer.get(value)
-        if producer is None:
-            return True
-        if producer is not op:
-            return not self._fuses(producer, op)
-        readers = self._readers.get(value, [])
-        return not readers or any(not self._fuses(op, reader) for reader in readers)
+        return Task(op, kind, trait.dtype, flops, product, gradients, moved, back, causal, calls, forward, backward)
 
     def _product(self, op: Op, samples: int, flops: float) -> Product:
         out = op.context.out.value
@@ -232,14 +161,10 @@ class Work:
             if isinstance(state, Cut) and out.ndim and state.pos == position % out.ndim:
                 columns /= axis.size
         columns = max(columns, 1.0)
-        weight = any(v in self._params for v in op.inputs)
+        weight = any(v in self.traits.params for v in op.inputs)
         rows = float(out.sizes[-2].at(samples)) if not weight and out.ndim > 2 else max(entries / columns, 1.0)
         count = max(entries / (rows * columns), 1.0)
         return Product(count, rows, columns, flops / max(2 * entries, 1))
-
-    def has_weights(self, op: Op) -> bool:
-        """Whether parameters meet what is received in an operator, so that its backward can come in two halves."""
-        return op not in self._biases and {v in self._params for v in op.inputs} == {True, False}
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -264,7 +189,7 @@ class Work:
                 scores = op.context.inputs[0].value
                 size = scores.bytes().at(samples) / choice.letter.dim.size.coefficient
                 forward += [Message(axis.name, "all_reduce", size), Message(axis.name, "all_reduce", 2 * size)]
-        for value in self._shared[op] if not any(axis.dims == ("batch",) for axis in self.axes) else ():
+        for value in self.traits.shared[op] if not any(axis.dims == ("batch",) for axis in self.axes) else ():
             # Not made of parameters alone, so that its gradient is summed at once, not with theirs after backward.
             backward.append(Message(DATA, "all_reduce", self.local_bytes(value, samples)))
         if op.name in _BATCH_NORMS:
@@ -288,22 +213,6 @@ class Work:
                     mine.append(key)
         return found
 
-    @cached_property
-    def _shared(self) -> Mapping[Op, list[Value]]:
-        """Tensors of the batch that are alike for all its samples, at their first use with samples."""
-        seen: set[Value] = set()
-        found: dict[Op, list[Value]] = {}
-        for op in self.graph.ops:
-            mine = found.setdefault(op, [])
-            if not any(counts_samples(v) for v in op.outputs):
-                continue
-            for value in op.inputs:
-                if value in self.graph.needs_grad and not counts_samples(value) and value not in seen:
-                    seen.add(value)
-                    if value not in self.graph.steady:
-                        mine.append(value)
-        return found
-
     # -- activations -------------------------------------------------------------------------------------------------
 
     def kept(self, samples: int, *, attention: str = "fused") -> list[float]:
@@ -323,7 +232,7 @@ class Work:
             keeps = self.saved[op]
             values, others = keeps.values, [float(size.at(samples)) for size in keeps.others]
             share = self.layout.share(op)
-            if self.kinds[op] == ATTENTION and attention != "observed":
+            if self.traits.kinds[op] == ATTENTION and attention != "observed":
                 query = op.context.inputs[0].value
                 depth = max(query.sizes[-1].coefficient, 1)
                 values = tuple(dict.fromkeys([*op.inputs[:3], *op.outputs]))
@@ -332,15 +241,15 @@ class Work:
                     # What softmax makes, the mask of dropout and what it leaves: 5as²b (Korthikanti et al., 2022).
                     values = tuple(op.inputs[:3])
                     others = [op.context.work.at(samples) / (4 * depth) * (2 * query.dtype.itemsize + 1)]
-            if self.fused != "none" and self.kinds[op] in (MEMORY, NOTHING) and not others:
+            if self.traits.fused != "none" and self.traits.kinds[op] in (MEMORY, NOTHING) and not others:
                 values, others = self._fused_keeps(op, values), []
             for value in values:
-                root = self._root(value)
+                root = self.traits.root(value)
                 size = self.local_bytes(root, samples)
                 if value in needs and not self.regather:
                     # What was gathered for this operator is another tensor than the part it was gathered from.
                     size = max(size, self.local_bytes(value, samples, needs[value]))
-                if (root, size) in seen or root in self._params or root not in self.graph.learned:
+                if (root, size) in seen or root in self.traits.params or root not in self.graph.learned:
                     continue
                 seen.add((root, size))
                 total += size
@@ -355,7 +264,7 @@ class Work:
             needs = {o.value: self.layout.needs(op, o.slot) for o in op.context.inputs}
             for value in keeps.fresh:
                 size = self.local_bytes(value, samples)
-                sizes[value not in self._params] += max(size, self.local_bytes(value, samples, needs.get(value)))
+                sizes[value not in self.traits.params] += max(size, self.local_bytes(value, samples, needs.get(value)))
             room = sum(size.at(samples) for size in keeps.room) * self.layout.share(op)
             found.append((sizes[0], sizes[1] + room))
         return found
@@ -378,22 +287,9 @@ class Work:
 
     def _is_inside(self, value: Value, producer: Op, op: Op) -> bool:
         """Whether a tensor that an operator keeps is only there inside of what it is fused to."""
-        if self.kinds[producer] == MEMORY:
-            return not self._reaches_memory(value, producer)
-        return self.kinds[producer] == NOTHING and self._fuses(producer, op)
-
-    def _root(self, value: Value) -> Value:
-        """The tensor that a view is a view of."""
-        while True:
-            producer = self.graph.producer.get(value)
-            if producer is None or self.kinds[producer] != NOTHING or not producer.inputs:
-                return value
-            value = producer.inputs[0]
-
-
-def counts_samples(value: Value) -> bool:
-    """Whether a tensor is larger with more samples."""
-    return any(size.at(1) != size.at(2) for size in value.sizes)
+        if self.traits.kinds[producer] == MEMORY:
+            return not self.traits.reaches_memory(value, producer)
+        return self.traits.kinds[producer] == NOTHING and self.traits.fuses(producer, op)
 
 
 def exchanged(made: State, need: State) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -413,14 +309,5 @@ def exchanged(made: State, need: State) -> tuple[tuple[str, ...], tuple[str, ...
     return (), ("all_reduce",) if need == VARIES else ()
 
 
-def is_view(op: Op) -> bool:
-    """Whether an operator moves nothing: its output is a view of its input."""
-    schema = getattr(op.node.target, "_schema", None)
-    if schema is not None and schema.returns and all(r.alias_info is not None for r in schema.returns):
-        return True
-    return op.name in _VIEWS
-
-
-_VIEWS = {"aten.reshape", "aten.flatten", "aten.unflatten", "aten.contiguous", "aten.dropout", "aten._unsafe_view"}
 _BATCH_NORMS = {"aten._native_batch_norm_legit", "aten._native_batch_norm_legit_functional", "aten.batch_norm"}
 _FREE_BACK = {"aten.add", "aten.sub"}

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 from torch import fx
 
 from shardwise.graph.blocks import Block
@@ -46,22 +48,22 @@ class Folded:
         return {value: place[other] for value, other in self.values.items()}
 
     @cached_property
-    def lives(self) -> Sequence[tuple[int, int, int]]:
-        """Of each tensor that depends on a parameter: the operators that make it and read it last, and its number."""
+    def lives(self) -> npt.NDArray[np.int_]:
+        """Of the tensors that depend on parameters three rows: what makes them, what reads them last, their numbers."""
         last = {v: op.index for op in self.whole.ops for v in op.inputs}
         learned, numbers = self.whole.learned, self.numbers
-        return [(op.index, last[v], numbers[v]) for v, op in self.whole.producer.items() if v in learned and v in last]
+        found = [(op.index, last[v], numbers[v]) for v, op in self.whole.producer.items() if v in learned and v in last]
+        return np.array(found, dtype=int).reshape(-1, 3).T
 
     @cached_property
-    def uses(self) -> Mapping[str, Sequence[int]]:
-        """The operators that read each parameter."""
-        names = {v: n for n, v in self.whole.params.items()}
-        found: dict[str, list[int]] = {}
+    def reads(self) -> Sequence[tuple[Value, Sequence[int]]]:
+        """Of each parameter the tensor of `graph` that stands for it, and the operators that read it."""
+        found: dict[Value, list[int]] = {value: [] for value in self.whole.params.values()}
         for op in self.whole.ops:
             for value in dict.fromkeys(op.inputs):
-                if value in names:
-                    found.setdefault(names[value], []).append(op.index)
-        return found
+                if value in found:
+                    found[value].append(op.index)
+        return [(self.values[value], uses) for value, uses in found.items() if uses]
 
 
 def fold(graph: Graph, repeats: Sequence[Block]) -> Folded:

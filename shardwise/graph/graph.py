@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,15 +43,15 @@ class Op:
     known: bool
     letters: tuple[Letter, ...] = ()
 
-    @property
-    def inputs(self) -> list[Value]:
+    @cached_property
+    def inputs(self) -> Sequence[Value]:
         return [o.value for o in self.context.inputs]
 
-    @property
-    def outputs(self) -> list[Value]:
+    @cached_property
+    def outputs(self) -> Sequence[Value]:
         return [o.value for o in self.context.outputs]
 
-    @property
+    @cached_property
     def module(self) -> str:
         """Path of the module it was called in, within the user's model."""
         stack = self.node.meta.get("nn_module_stack") or {}
@@ -139,6 +139,11 @@ class Graph:
     def producer(self) -> Mapping[Value, Op]:
         """The operator that computes a tensor; none for what a graph is given."""
         return {v: op for op in self.ops for v in op.outputs}
+
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """Operator's id to its place in execution order."""
+        return {op.id: op.index for op in self.ops}
 
     @property
     def loss(self) -> fx.Node:

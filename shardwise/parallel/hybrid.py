@@ -183,7 +183,7 @@ def stage_bounds(graph: Graph, plan: Plan) -> list[tuple[int, int]]:
     Raises:
         PlanError: a cut names no operator of the graph, or the cuts are out of order.
     """
-    at = {op.id: op.index for op in graph.ops}
+    at = graph.places
     missing = [cut for cut in plan.cuts if cut not in at]
     if missing:
         raise PlanError(

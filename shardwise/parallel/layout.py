@@ -99,6 +99,8 @@ class Layout:
         self.states: dict[Value, States] = {}
         self._rows = {region: self._rows_of(region) for region in graph.regions}
         self._readers = Counter(v for op in graph.ops for v in set(op.inputs))
+        self._ranks: list[dict[str, int | None]] = [{} for _ in axes]
+        self._needs: dict[Op, Mapping[Slot, States]] = {}
         self._place_inputs()
         for op in graph.ops:
             self._place(op)
@@ -109,7 +111,11 @@ class Layout:
 
     def needs(self, op: Op, slot: Slot) -> States:
         """How an operator needs one of its inputs."""
-        value = op.context.operand(slot).value
+        if op not in self._needs:
+            self._needs[op] = {o.slot: self._need(op, o.slot, o.value) for o in op.context.inputs}
+        return self._needs[op][slot]
+
+    def _need(self, op: Op, slot: Slot, value: Value) -> States:
         found: list[State] = []
         for choice in self.choices[op]:
             if choice.letter is not None:
@@ -213,10 +219,12 @@ class Layout:
         rows = self._rows[region][a] if region is not None else None
         if rows is not None:
             return next(letter for letter in op.letters if letter.region is region and letter.dim is rows)
+        ranks = self._ranks[a]
         best: tuple[int, int, int] | None = None
         found = None
         for n, letter in enumerate(op.letters):
-            rank = axis.matches(letter.dim.name)
+            name = letter.dim.name
+            rank = ranks[name] if name in ranks else ranks.setdefault(name, axis.matches(name))
             if rank is None or letter.region is not None or not divides(letter, axis.size * cut_by.get(letter, 1)):
                 continue
             # What depends on the batch alone is cheap to compute and needs no gradient: only the batch itself is cut.

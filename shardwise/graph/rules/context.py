@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -96,7 +96,11 @@ class Letter:
     region: Region | None = None
 
     def place(self, slot: Slot) -> Place | None:
-        return next((p for p in self.places if p.slot == slot), None)
+        return self._by_slot.get(slot)
+
+    @cached_property
+    def _by_slot(self) -> Mapping[Slot, Place]:
+        return {place.slot: place for place in reversed(self.places)}
 
 
 class _Tie(NamedTuple):

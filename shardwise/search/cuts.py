@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.case import Case
-from shardwise.cost.table import Array, Held, Stretches, Table
+from shardwise.cost.table import Array, Bounds, Held, Stretches, Table
 from shardwise.graph.graph import CASTS
 
 _PLACES = 192
@@ -74,26 +74,59 @@ def best_cuts(case: Case, chunks: int, limit: float | None = None, *, objective:
         limit: bytes that a rank may use, where it is less than it has; infinite for cuts that need not fit.
         objective: "time" of a step, or "memory" of the fullest rank.
     """
-    stages = case.plan.pipeline * chunks
-    if stages == 1:
-        return []
-    places = cut_places(case.tables[0])
-    if len(places) < stages - 1:
-        return None
-    if objective == "time" and math.comb(len(places), stages - 1) <= _FEW:
-        return _best_of_all(case, places, stages, limit)
-    bounds = [0, *places, len(case.tables[0].graph.ops)]
-    grid = _grid(case, bounds, chunks, limit)
-    if grid is None:
-        return None
-    if objective == "memory":
-        found = [_through(grid.used, _slowest(grid.used))[1]]
-    else:
-        found = _candidates(grid, case.plan.micro_batches)
-    cuts = [[bounds[i] for i in path[1:-1]] for path in found]
-    if len(cuts) < 2:
-        return cuts[0] if cuts else None
-    return min(cuts, key=lambda c: case.estimate(c).step)
+    return Cuts(case, chunks, limit).best(objective)
+
+
+class Cuts:
+    """The cuts of a plan; arguments as for `best_cuts`."""
+
+    def __init__(self, case: Case, chunks: int, limit: float | None = None) -> None:
+        self.case, self.chunks, self.limit = case, chunks, limit
+        self.stages = case.plan.pipeline * chunks
+        self.places = cut_places(case.tables[0]) if self.stages > 1 else []
+        self.enough = len(self.places) >= self.stages - 1
+        self.few = math.comb(len(self.places), self.stages - 1) <= _FEW
+        self._bounds = [0, *self.places, len(case.tables[0].graph.ops)]
+
+    @cached_property
+    def _grid(self) -> _Grid | None:
+        return _grid(self.case, self._bounds, self.chunks, self.limit)
+
+    def best(self, objective: str) -> list[int] | None:
+        """As `best_cuts`."""
+        if self.stages == 1:
+            return []
+        if not self.enough:
+            return None
+        if objective == "time" and self.few:
+            return _best_of_all(self.case, self.places, self.stages, self.limit)
+        if self._grid is None:
+            return None
+        if objective == "memory":
+            found = [_through(self._grid.used, _slowest(self._grid.used))[1]]
+        else:
+            found = _candidates(self._grid, self.case.plan.micro_batches)
+        cuts = [[self._bounds[i] for i in path[1:-1]] for path in found]
+        if len(cuts) < 2:
+            return cuts[0] if cuts else None
+        return min(cuts, key=lambda c: self.case.estimate(c).step)
+
+    def least(self) -> float:
+        """Seconds of a step that no cuts beat, of one stage on each rank; infinite where none fit.
+
+        A rank begins when the first micro-batch has come through the stages before its own, and what it did last goes
+        back through them. In between it has all micro-batches, and the update comes after. In 1F1B, moreover, a
+        micro-batch begins when one is back that began as many before it as there are stages.
+        """
+        if not self.enough or self._grid is None:
+            return math.inf
+        grid, micros = self._grid, self.case.plan.micro_batches
+        reached = np.full(len(self._bounds), np.inf)
+        reached[-1] = 0.0
+        for busy, way, tail in zip(reversed(grid.busy), reversed(grid.ways), reversed(grid.tails), strict=True):
+            reached = np.maximum(micros * busy + tail, way + reached[None, :]).min(axis=1)
+        rounds = -(-micros // self.stages) if self.case.plan.schedule == "1f1b" else 0
+        return max(float(reached[0]), rounds * _through(grid.times, np.inf)[0] + _slowest(grid.tails))
 
 
 def _best_of_all(case: Case, places: Sequence[int], stages: int, limit: float | None) -> list[int] | None:
@@ -105,9 +138,19 @@ def _best_of_all(case: Case, places: Sequence[int], stages: int, limit: float | 
 
 
 class _Grid(NamedTuple):
-    """For each stage, of every stretch: seconds of a micro-batch, seconds behind the last one, bytes."""
+    """What every stretch takes as each stage.
+
+    Attributes:
+        times: seconds of a micro-batch, and of carrying it on.
+        busy: the same without.
+        ways: seconds that the next stage has its first micro-batch later than this, and this its last than the next.
+        tails: seconds behind the last micro-batch.
+        used: bytes.
+    """
 
     times: list[Array]
+    busy: list[Array]
+    ways: list[Array]
     tails: list[Array]
     used: list[Array]
 
@@ -155,8 +198,12 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         sends[-1] = 0.0  # nothing is carried out of the last
         shown, _, others = case.reduction(rank, s, times.backward)
         tail = sum(others.values(), shown) + case.update(rank, s)
-        base[kind] = times.forward + times.backward + sends[None, :], tail
-    grid = _Grid([], [], [])
+        busy = times.forward + times.backward
+        # In two halves of backward, the second may fill what the way back leaves.
+        halves = case.plan.schedule == "zero-bubble"
+        way = times.forward + sends[None, :] / 2 if halves else busy + sends[None, :]
+        base[kind] = busy + sends[None, :], busy, way, tail
+    grid = _Grid([], [], [], [], [])
     for rank in range(ranks):
         kind = id(case.tables[rank]), id(case.places[rank])
         for found, values in zip(grid, (*base[kind], used_by[rank]), strict=True):
@@ -189,14 +236,41 @@ def _candidates(grid: _Grid, micros: int) -> list[list[int]]:
     """Cuts of which one is best: for lower and lower ceilings of what comes last the best pace and way."""
     found: dict[tuple[int, ...], float] = {}
     least, ceiling = _slowest(grid.tails), np.inf
+    at, times, tails = _narrow(grid, micros, least)
     for _ in range(_CEILINGS):
-        under = [np.where(tail < ceiling, time, np.inf) for time, tail in zip(grid.times, grid.tails, strict=True)]
+        under = [np.where(tail < ceiling, time, np.inf) for time, tail in zip(times, tails, strict=True)]
         path, value = _best_path(under, micros)
         if path is None or (found and value + least >= min(found.values())):
             break
-        ceiling = max(tail[i, j] for tail, (i, j) in zip(grid.tails, pairwise(path), strict=True))
+        ceiling = max(tail[i, j] for tail, (i, j) in zip(tails, pairwise(path), strict=True))
         found[tuple(path)] = value + ceiling
-    return [list(path) for path in sorted(found, key=lambda path: found[path])[:_SCORED]]
+    best = sorted(found, key=lambda path: found[path])[:_SCORED]
+    return [[int(those[i]) for those, i in zip(at, path, strict=True)] for path in best]
+
+
+def _narrow(grid: _Grid, micros: int, least: float) -> tuple[list[Bounds], list[Array], list[Array]]:
+    """For each stage, and for the end, the bounds that better cuts than some may have there; their times and tails.
+
+    No stage of better cuts is so slow that its pace alone, with the shortest way and what comes last at the least,
+    takes as long as the cuts of the best pace do.
+    """
+    quickest, (shortest, _) = _slowest(grid.times), _through(grid.times, np.inf)
+    pace = np.inf
+    if micros > 1 and np.isfinite(quickest):
+        length, path = _through(grid.times, quickest)
+        last = max(tail[i, j] for tail, (i, j) in zip(grid.tails, pairwise(path), strict=True))
+        pace = max(quickest, quickest + (length + last - shortest - least) / (micros - 1)) * (1 + _ROUNDING)
+    fits = [times <= pace for times in grid.times]
+    ahead = [np.arange(len(fits[0])) == 0]
+    for fit in fits:
+        ahead.append(fit[ahead[-1]].any(axis=0))
+    at: list[Bounds] = [np.flatnonzero(ahead[-1])[-1:]]
+    for fit, there in zip(reversed(fits), reversed(ahead[:-1]), strict=True):
+        begins = np.flatnonzero(there)
+        at.append(begins[fit[np.ix_(begins, at[-1])].any(axis=1)])
+    at.reverse()
+    picks = [np.ix_(begins, ends) for begins, ends in pairwise(at)]
+    return at, *([those[pick] for those, pick in zip(all_, picks, strict=True)] for all_ in (grid.times, grid.tails))
 
 
 def _best_path(times: Sequence[Array], micros: int) -> tuple[list[int] | None, float]:
@@ -245,8 +319,8 @@ def _through(both: Sequence[Array], pace: float) -> tuple[float, list[int]]:
         came.append(total.argmin(axis=0))
         reached = total.min(axis=0)
     at = len(reached) - 1
-    path = [at]
+    length, path = float(reached[-1]), [at]
     for back in reversed(came):
         at = int(back[at])
         path.append(at)
-    return float(reached[-1]), [0, *path[::-1]]
+    return length, [0, *path[::-1]]

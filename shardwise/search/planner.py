@@ -21,7 +21,7 @@ from shardwise.cost.estimate import Estimate
 from shardwise.cost.pricer import Pricer
 from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import Plan
-from shardwise.search.cuts import best_cuts, cut_places
+from shardwise.search.cuts import Cuts, cut_places
 from shardwise.search.space import Shape, Space
 
 _SHARE = 1e-12
@@ -90,12 +90,14 @@ class Found:
 class _Next(NamedTuple):
     """The shape of a family that is to be looked at next: its bound, the family's number, and its place there.
 
-    A place of -1 is that of the first shape that may fit, which is not found yet; the bound is that of all of them.
+    A place of -1 is that of the first shape that may fit, which is not found yet; the bound is that of all of them. One
+    that is `alone` is out of its family's turn: it was looked at more closely, and its bound is now higher.
     """
 
     bound: float
     number: int
     place: int
+    alone: bool
     family: list[Shape]
 
     @property
@@ -146,7 +148,7 @@ class Planner:
                 place = self._first(family)
                 found.small += abs(place)
                 if place < len(family):
-                    queue.append(_Next(self._least(family[max(place, 0)]), number, place, family))
+                    queue.append(_Next(self._least(family[max(place, 0)]), number, place, False, family))
                 else:
                     small.append(family[-1])
             heapq.heapify(queue)
@@ -157,10 +159,18 @@ class Planner:
                     break
                 if tell is not None:
                     tell(found, len(queue))
-                if each.place >= 0:
-                    if not self._price(each.shape, found):
-                        small.append(each.shape)
+                if each.alone:
+                    heapq.heappop(queue)
+                    self._price(each.shape, found)
+                elif each.place >= 0:
+                    cuts, closer = self._cuts(each.shape), each.bound
+                    if each.shape.pipeline > 1 and each.shape.chunks == 1 and objective != "memory" and not cuts.few:
+                        closer = max(closer, cuts.least() * (self.space.ranks if objective == "cost" else 1))
                     self._replace(queue, each.place + 1)
+                    if queue and queue[0].bound < closer < math.inf:
+                        heapq.heappush(queue, each._replace(bound=closer, alone=True))
+                    elif not self._price(each.shape, found, cuts):
+                        small.append(each.shape)
                 else:
                     place = 1 + bisect_left(each.family[1:], True, key=self._may_fit)
                     found.small += place - 1
@@ -189,18 +199,17 @@ class Planner:
 
     def _replace(self, queue: list[_Next], place: int) -> None:
         """Put another shape of its family in place of the first in the queue, if there is one at this place."""
-        _, number, _, family = heapq.heappop(queue)
+        _, number, _, _, family = heapq.heappop(queue)
         if place < len(family):
-            heapq.heappush(queue, _Next(self._least(family[place]), number, place, family))
+            heapq.heappush(queue, _Next(self._least(family[place]), number, place, False, family))
 
-    def price(self, shape: Shape) -> Priced | None:
+    def price(self, shape: Shape, cuts: Cuts | None = None) -> Priced | None:
         """A shape with its best cuts; None where it has too few places for them or too little memory."""
-        case = self._case(shape)
-        options = self.space.options
-        cuts = best_cuts(case, shape.chunks, options.memory, objective=options.objective)
-        if cuts is None:
+        cuts = cuts or self._cuts(shape)
+        found = cuts.best(self.space.options.objective)
+        if found is None:
             return None
-        return Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))
+        return Priced(shape.plan([self.ids[i] for i in found], **self._more), cuts.case.estimate(found))
 
     def fits(self, priced: Priced) -> bool:
         """Whether a plan fits the devices and the limit."""
@@ -243,9 +252,8 @@ class Planner:
             more = max(float(shown), *(float(o) for o in others.values()), 0.0)
             rest = min(rest, more + float(case.update(rank, share)))
         staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
-        filling = {"zero-bubble": 0.0, "interleaved": (ranks - 1) * pace / shape.chunks}.get(
-            shape.schedule, staged - micros * pace
-        )
+        halved = (ranks - 1) * pace / shape.chunks / 2 if len(kinds) == 1 else 0.0
+        filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
         step = micros * pace + max(filling, 0.0) + rest
         return step * (case.plan.ranks if objective == "cost" else 1)
 
@@ -292,9 +300,12 @@ class Planner:
     def _case(self, shape: Shape) -> Case:
         return self.pricer.case(shape.plan(**self._more), self.cluster, self.space.batch)
 
-    def _price(self, shape: Shape, found: Found) -> bool:
+    def _cuts(self, shape: Shape) -> Cuts:
+        return Cuts(self._case(shape), shape.chunks, self.space.options.memory)
+
+    def _price(self, shape: Shape, found: Found, cuts: Cuts | None = None) -> bool:
         """Add a shape's best plan to what is found; False where none fits."""
-        priced = self.price(shape)
+        priced = self.price(shape, cuts)
         if priced is None or not self.fits(priced):
             found.small += 1
             return False

@@ -20,6 +20,7 @@ from shardwise.cost.kernels import Kernels
 from shardwise.cost.traits import ATTENTION, PRODUCT
 from shardwise.cost.work import Message, Task, Work
 from shardwise.graph.fold import Folded
+from shardwise.graph.graph import CASTS
 from shardwise.graph.rules import Value
 from shardwise.parallel.recompute import blocks_by
 
@@ -271,7 +272,7 @@ class Again:
     """
 
     def __init__(self, folded: Folded, patterns: Sequence[str]) -> None:
-        graph = folded.whole
+        graph = self._graph = folded.whole
         block_of = blocks_by(patterns)
         of = {module: block_of(module) for module in {op.module for op in graph.ops}} if patterns else {}
         self.blocks = [of[op.module] if of else "" for op in graph.ops]
@@ -288,6 +289,17 @@ class Again:
                     self.entering.append((op.index, folded.numbers[value]))
 
 
+    @cached_property
+    def borders(self) -> Sequence[int]:
+        """Operators at which a stage may begin: not inside of a block, and not at a cast, which other dtypes lack."""
+        graph, blocks = self._graph, self.blocks
+        return [
+            op.index for op in graph.ops[1:]
+            if any(v in graph.learned for v in op.outputs) and op.name not in CASTS
+            and (not blocks[op.index] or blocks[op.index] != blocks[op.index - 1])
+        ]  # fmt: skip
+
+
 class Table:
     """What the operators of a graph take on one rank.
 
@@ -301,6 +313,7 @@ class Table:
 
     def __init__(self, rows: Rows, weights: Weights, again: Again, *, selective: str = "", stops: bool = False) -> None:
         self.rows, self.weights, self.graph, self.blocks = rows, weights, rows.folded.whole, again.blocks
+        self.again = again
         self.live = rows.live
         spared = self._spared() if selective == "products" else np.zeros_like(again.inside)
         self._more = again.inside & ~spared | rows.attention * (selective == "attention")

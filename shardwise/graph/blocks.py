@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
@@ -54,10 +56,14 @@ def blocks(graph: Graph) -> list[Block]:
     return list(found.within(0, len(graph.ops)))
 
 
-def twins(graph: Graph) -> dict[Dim, Dim]:
+def twins(graph: Graph, repeats: Sequence[Block] | None = None) -> dict[Dim, Dim]:
     """For each dim that operators can be split on the one that has its place in the first copy of its block.
 
     Dims with equal twins are split alike in copies that are alike.
+
+    Args:
+        graph: the captured model.
+        repeats: its blocks, where they are known.
     """
     same: dict[Dim, Dim] = {}
 
@@ -66,7 +72,7 @@ def twins(graph: Graph) -> dict[Dim, Dim]:
             dim = same[dim]
         return dim
 
-    for block in blocks(graph):
+    for block in repeats if repeats is not None else blocks(graph):
         head, *others = block.copies()
         for copy in others:
             for i, j in zip(head, copy, strict=True):
@@ -79,7 +85,10 @@ class _Finder:
     def __init__(self, graph: Graph) -> None:
         self.ops = graph.ops
         producer = graph.producer
-        self.sources = [[producer[v].index if v in producer else -1 for v in op.inputs] for op in graph.ops]
+        most = max((len(op.inputs) for op in graph.ops), default=0)
+        self.sources = np.full((len(graph.ops), most), -1)
+        for op in graph.ops:
+            self.sources[op.index, : len(op.inputs)] = [producer[v].index if v in producer else -1 for v in op.inputs]
         numbers: dict[Any, int] = {}
         self.keys = torch.tensor([numbers.setdefault(key_of(op), len(numbers)) for op in graph.ops])
         params = set(graph.params.values())
@@ -106,7 +115,8 @@ class _Finder:
     def _checked(self, start: int, stop: int, period: int) -> Iterator[Block]:
         """Blocks of the operators from `start` up to `stop` that match by their keys, where their inputs do too."""
         while stop - start >= period:
-            bad = next((i for i in range(start, stop) if not self._alike(i, start, period)), stop)
+            alike = self._alike(start, stop, period)
+            bad = stop if alike.all() else start + int(alike.argmin())
             if bad - start >= period:
                 slack = (bad - start) % period
                 count = (bad - start) // period + 1
@@ -118,14 +128,14 @@ class _Finder:
             start = bad + 1
 
     def _match(self, start: int, period: int, count: int) -> bool:
-        return all(self._alike(i, start, period) for i in range(start, start + (count - 1) * period))
+        return bool(self._alike(start, start + (count - 1) * period, period).all())
 
-    def _alike(self, i: int, start: int, period: int) -> bool:
-        copy = start + (i - start) // period * period
-        return all(
-            b - a == period or (a < copy and b < copy + period)
-            for a, b in zip(self.sources[i], self.sources[i + period], strict=True)
-        )
+    def _alike(self, start: int, stop: int, period: int) -> npt.NDArray[np.bool_]:
+        """Of the operators from `start` up to `stop` whether the inputs match those of the copy behind."""
+        a, b = self.sources[start:stop], self.sources[start + period : stop + period]
+        copy = (start + np.arange(stop - start) // period * period)[:, None]
+        found: npt.NDArray[np.bool_] = ((b - a == period) | ((a < copy) & (b < copy + period))).all(axis=1)
+        return found
 
     def _cost(self, start: int, period: int, count: int) -> int:
         return sum(self.crossing[start + k * period] for k in range(count + 1))

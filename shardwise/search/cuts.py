@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ import numpy.typing as npt
 
 from shardwise.cost.case import Case
 from shardwise.cost.table import Array, Bounds, Held, Stretches, Table
-from shardwise.graph.graph import CASTS
 
 _PLACES = 192
 """Of how many places to cut at most one is found to be best."""
@@ -47,12 +47,7 @@ def cut_places(table: Table, most: int = _PLACES) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def _cut_places(table: Table, most: int) -> tuple[int, ...]:
-    graph, blocks = table.graph, table.blocks
-    found = [
-        op.index for op in graph.ops[1:]
-        if any(v in graph.learned for v in op.outputs) and op.name not in CASTS
-        and (not blocks[op.index] or blocks[op.index] != blocks[op.index - 1])
-    ]  # fmt: skip
+    found = table.again.borders
     if len(found) <= most:
         return tuple(found)
     time = table.seconds
@@ -123,8 +118,10 @@ class Cuts:
         grid, micros = self._grid, self.case.plan.micro_batches
         reached = np.full(len(self._bounds), np.inf)
         reached[-1] = 0.0
-        for busy, way, tail in zip(reversed(grid.busy), reversed(grid.ways), reversed(grid.tails), strict=True):
-            reached = np.maximum(micros * busy + tail, way + reached[None, :]).min(axis=1)
+        alone = {id(takes): micros * takes.busy + takes.tails for takes in grid.takes}
+        for takes, fit in zip(reversed(grid.takes), reversed(grid.fits), strict=True):
+            total = np.maximum(alone[id(takes)], takes.ways + reached[None, :])
+            reached = np.where(fit, total, np.inf).min(axis=1)
         rounds = -(-micros // self.stages) if self.case.plan.schedule == "1f1b" else 0
         return max(float(reached[0]), rounds * _through(grid.times, np.inf)[0] + _slowest(grid.tails))
 
@@ -137,22 +134,55 @@ def _best_of_all(case: Case, places: Sequence[int], stages: int, limit: float | 
     return min(found, key=lambda each: each[0].step)[1] if found else None
 
 
-class _Grid(NamedTuple):
-    """What every stretch takes as each stage.
+class _Takes(NamedTuple):
+    """What every stretch takes on a rank.
 
     Attributes:
         times: seconds of a micro-batch, and of carrying it on.
         busy: the same without.
         ways: seconds that the next stage has its first micro-batch later than this, and this its last than the next.
         tails: seconds behind the last micro-batch.
-        used: bytes.
     """
 
-    times: list[Array]
-    busy: list[Array]
-    ways: list[Array]
-    tails: list[Array]
-    used: list[Array]
+    times: Array
+    busy: Array
+    ways: Array
+    tails: Array
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What every stretch takes as each stage: of each rank, and how often they are gone round.
+
+    Attributes:
+        takes: seconds.
+        needs: bytes.
+        fits: whether there is memory enough.
+        rounds: stages of each rank.
+    """
+
+    takes: Sequence[_Takes]
+    needs: Sequence[Array]
+    fits: Sequence[npt.NDArray[np.bool_]]
+    rounds: int
+
+    @cached_property
+    def times(self) -> Sequence[Array]:
+        """Seconds of each stage; infinite where it has too little memory."""
+        return self._where_it_fits([takes.times for takes in self.takes])
+
+    @cached_property
+    def tails(self) -> Sequence[Array]:
+        """Seconds behind each stage's last micro-batch, likewise."""
+        return self._where_it_fits([takes.tails for takes in self.takes])
+
+    @cached_property
+    def used(self) -> Sequence[Array]:
+        """Bytes of each stage, likewise."""
+        return self._where_it_fits(self.needs)
+
+    def _where_it_fits(self, found: Sequence[Array]) -> Sequence[Array]:
+        return [np.where(fit, those, np.inf) for fit, those in zip(self.fits, found, strict=True)] * self.rounds
 
 
 def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -> _Grid | None:
@@ -202,13 +232,9 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         # In two halves of backward, the second may fill what the way back leaves.
         halves = case.plan.schedule == "zero-bubble"
         way = times.forward + sends[None, :] / 2 if halves else busy + sends[None, :]
-        base[kind] = busy + sends[None, :], busy, way, tail
-    grid = _Grid([], [], [], [], [])
-    for rank in range(ranks):
-        kind = id(case.tables[rank]), id(case.places[rank])
-        for found, values in zip(grid, (*base[kind], used_by[rank]), strict=True):
-            found.append(np.where(fits_by[rank], values, np.inf))
-    return _Grid(*(found * chunks for found in grid))
+        base[kind] = _Takes(busy + sends[None, :], busy, way, tail)
+    takes = [base[id(table), id(place)] for table, place in zip(case.tables, case.places, strict=True)]
+    return _Grid(takes, used_by, fits_by, chunks)
 
 
 # The same table is asked for again with another ZeRO stage, or another number of ranks.

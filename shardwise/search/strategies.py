@@ -65,7 +65,7 @@ class Maker:
         self._dims: dict[int, tuple[str, ...]] = {}
         self._groups: dict[int, list[tuple[str, ...]]] = {}
         self._here: dict[int, Cluster] = {}
-        self._twins = twins(graph)
+        self._twins = twins(graph, self.pricer.blocks)
 
     def candidate(self, strategy: str, ranks: int) -> Candidate:
         """The plan of a strategy, or why it does not apply."""

@@ -155,9 +155,7 @@ class Pricer:
         p = self.profile
 
         def make() -> Work:
-            return Work(
-                self.folded.graph, axes, self.saved, self.traits, balanced=p.balanced, regather=p.regather
-            )
+            return Work(self.folded.graph, axes, self.saved, self.traits, balanced=p.balanced, regather=p.regather)
 
         return self._once(("work", tuple(axes)), make)
 

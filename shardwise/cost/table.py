@@ -288,7 +288,6 @@ class Again:
                     entered.add((block, value))
                     self.entering.append((op.index, folded.numbers[value]))
 
-
     @cached_property
     def borders(self) -> Sequence[int]:
         """Operators at which a stage may begin: not inside of a block, and not at a cast, which other dtypes lack."""

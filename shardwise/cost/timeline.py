@@ -124,7 +124,7 @@ def most_held(ranks: int, each: int, micros: int, rank: int) -> tuple[tuple[int,
 
 
 class _Step(NamedTuple):
-    """One action: its rank, which of the times it takes, the step that it waits for (0 for none), and over which hop."""
+    """One action: its rank, which of the times it takes, the step that it waits for (0 for none), over which hop."""
 
     rank: int
     kind: int
@@ -160,7 +160,7 @@ def _steps(schedule: str, ranks: int, stages: int, micros: int) -> Sequence[_Ste
 
 
 def _waits(action: Action, stages: int, number: Mapping[Action, int]) -> tuple[int | None, int]:
-    """The number of the action that one waits for, 0 for none and None where it is not known yet; and over which hop."""
+    """The number of the action that one waits for, 0 for none, None where it is not known yet; and over which hop."""
     stage, kind, micro = action
     if kind == "F":
         return (0, -1) if stage == 0 else (number.get(Action(stage - 1, "F", micro)), stage - 1)

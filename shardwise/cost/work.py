@@ -76,7 +76,7 @@ class Work:
         graph: the captured model.
         axes: the mesh axes that split other dims than the batch; all of them where operators need all samples.
         saved: what each operator keeps for backward.
-        traits: what is known of the operators before they are split; None for those of the graph where nothing is fused.
+        traits: what is known of the operators before they are split; None where nothing is fused.
         balanced: whether the queries of each rank are early ones and late ones, so that causal attention takes half of
             the keys however they are split.
         regather: whether of a tensor gathered for an operator the own part is kept, and gathered again in backward.

@@ -32,6 +32,8 @@ _FEW = 128
 """Cuts of which all are priced in full."""
 _SCORED = 4
 """How many of the cuts found are priced in full."""
+_SHARES = 8
+"""How many sets of ranks, each of the last ones, are looked at for what they have to do at least."""
 _ROUNDING = 1e-9
 """Relative difference of bytes that rounding may make, with room."""
 
@@ -107,7 +109,7 @@ class Cuts:
         return min(cuts, key=lambda c: self.case.estimate(c).step)
 
     def least(self) -> float:
-        """Seconds of a step that no cuts beat, of one stage on each rank; infinite where none fit.
+        """Seconds of a step, less its end where ranks have several stages, that no cuts beat; infinite where none fit.
 
         A rank begins when the first micro-batch has come through the stages before its own, and what it did last goes
         back through them. In between it has all micro-batches, and the update comes after. In 1F1B, moreover, a
@@ -116,14 +118,32 @@ class Cuts:
         if not self.enough or self._grid is None:
             return math.inf
         grid, micros = self._grid, self.case.plan.micro_batches
-        reached = np.full(len(self._bounds), np.inf)
-        reached[-1] = 0.0
+        if self.chunks > 1:
+            return max(self._share(first) for first in sorted({grid.ranks * k // _SHARES for k in range(_SHARES)}))
         alone = {id(takes): micros * takes.busy + takes.tails for takes in grid.takes}
+        reached = _none_but_last(self._bounds)
         for takes, fit in zip(reversed(grid.takes), reversed(grid.fits), strict=True):
             total = np.maximum(alone[id(takes)], takes.ways + reached[None, :])
             reached = np.where(fit, total, np.inf).min(axis=1)
         rounds = -(-micros // self.stages) if self.case.plan.schedule == "1f1b" else 0
         return max(float(reached[0]), rounds * _through(grid.times, np.inf)[0] + _slowest(grid.tails))
+
+    def _share(self, first: int) -> float:
+        """Seconds of the ranks from `first` on in the mean, as few as can be: those before have less room for more."""
+        assert self._grid is not None
+        grid, reached = self._grid, _none_but_last(self._bounds)
+        for stage in reversed(range(self.stages)):
+            rank = stage % grid.ranks
+            busy = grid.takes[rank].busy if rank >= first else 0.0
+            reached = np.where(grid.fits[rank], busy + reached[None, :], np.inf).min(axis=1)
+        return self.case.plan.micro_batches * float(reached[0]) / (grid.ranks - first)
+
+
+def _none_but_last(bounds: Sequence[int]) -> Array:
+    """Of each bound what is still to come behind it: nothing behind the last, and the others do not end a pipeline."""
+    found = np.full(len(bounds), np.inf)
+    found[-1] = 0.0
+    return found
 
 
 def _best_of_all(case: Case, places: Sequence[int], stages: int, limit: float | None) -> list[int] | None:
@@ -165,6 +185,10 @@ class _Grid:
     needs: Sequence[Array]
     fits: Sequence[npt.NDArray[np.bool_]]
     rounds: int
+
+    @property
+    def ranks(self) -> int:
+        return len(self.takes)
 
     @cached_property
     def times(self) -> Sequence[Array]:

@@ -163,9 +163,8 @@ class Planner:
                     heapq.heappop(queue)
                     self._price(each.shape, found)
                 elif each.place >= 0:
-                    cuts, closer = self._cuts(each.shape), each.bound
-                    if each.shape.pipeline > 1 and each.shape.chunks == 1 and objective != "memory" and not cuts.few:
-                        closer = max(closer, cuts.least() * (self.space.ranks if objective == "cost" else 1))
+                    cuts = self._cuts(each.shape)
+                    closer = self._closer(each.shape, cuts, each.bound)
                     self._replace(queue, each.place + 1)
                     if queue and queue[0].bound < closer < math.inf:
                         heapq.heappush(queue, each._replace(bound=closer, alone=True))
@@ -233,6 +232,19 @@ class Planner:
             return self._least_memory(case, shape)
         if ranks == 1:
             return Priced(shape.plan(**self._more), case.estimate([])).value(objective)
+        rest, pace, through, forward = self._end(case)
+        staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
+        halved = _least_filling(ranks, shape.chunks) * pace if len(kinds) == 1 else 0.0
+        filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
+        step = micros * pace + max(filling, 0.0) + rest
+        return step * (case.plan.ranks if objective == "cost" else 1)
+
+    def _end(self, case: Case) -> tuple[float, float, float, float]:
+        """Seconds behind the last micro-batch that some rank needs at least; those of a fair share of a micro-batch.
+
+        Then those of one micro-batch through all of the model, both ways, and there.
+        """
+        ranks, micros, kinds = case.plan.pipeline, case.plan.micro_batches, _kinds(case)
         counts = Counter((id(t), id(p)) for t, p in zip(case.tables, case.places, strict=True))
         speed, through, rest = 0.0, math.inf, math.inf
         for kind, rank in kinds.items():
@@ -251,11 +263,15 @@ class Planner:
             shown, _, others = case.reduction(rank, share, behind)
             more = max(float(shown), *(float(o) for o in others.values()), 0.0)
             rest = min(rest, more + float(case.update(rank, share)))
-        staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
-        halved = (ranks - 1) * pace / shape.chunks / 2 if len(kinds) == 1 else 0.0
-        filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
-        step = micros * pace + max(filling, 0.0) + rest
-        return step * (case.plan.ranks if objective == "cost" else 1)
+        return rest, pace, through, forward
+
+    def _closer(self, shape: Shape, cuts: Cuts, bound: float) -> float:
+        """What no cuts of a shape can beat where the places to cut at are looked at; infinite where none fit."""
+        objective = self.space.options.objective
+        if shape.pipeline == 1 or cuts.few or objective == "memory":
+            return bound
+        step = cuts.least() + (self._end(cuts.case)[0] if shape.chunks > 1 else 0.0)
+        return max(bound, step * (cuts.case.plan.ranks if objective == "cost" else 1))
 
     def _may_fit(self, shape: Shape) -> bool:
         """Whether the bound of a shape's memory leaves room for it."""
@@ -361,6 +377,18 @@ def _least_1f1b(ranks: int, micros: int, through: float, forward: float) -> floa
     shrinking = through / (1 - (1 - 1 / micros) ** ranks)
     ahead = min(ranks, micros) - 1
     return max(shrinking, through + ((micros - 1) * through - ahead * forward) / ranks)
+
+
+def _least_filling(ranks: int, chunks: int) -> float:
+    """What filling and draining add at least to interleaved stages of alike ranks, in paces, however a model is cut.
+
+    A rank's first micro-batch of its k-th stage comes through all stages before that one, and until then it has as many
+    micro-batches as there are ranks of each of its stages before; backward is the mirror image. That is a bound for each
+    rank and k. Of all of them take the mean, where those of k = 0 weigh more the later their rank is, by
+    (rank − (ranks − 1) / 2) / (micro-batches × ranks × chunks): in this sum every stage counts as much, or more. Even
+    stages need twice as much to fill, and uneven ones do come below that.
+    """
+    return (ranks - 1) / chunks / 2
 
 
 def _kinds(case: Case) -> dict[tuple[int, int], int]:

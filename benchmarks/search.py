@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from benchmarks.published import Shape, Tokens
 from benchmarks.published import job as language_job
+from shardwise.graph.garbage import uncollected
 from shardwise.job import Job
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
@@ -146,6 +147,7 @@ CASES: dict[str, tuple[Callable[[int], Job], str, int, float]] = {
 }
 
 
+@uncollected()
 def run(case: str, began: float) -> Row:
     """Plan one case in this process, which began at a time of `time.time`."""
     from shardwise.graph.graph import Graph

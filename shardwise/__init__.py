@@ -109,10 +109,13 @@ def plan(
         PlanError: no plan fits; the message has by how much, and what would help.
         MachineError: there is no such cluster.
     """
-    from shardwise.report.planned import why
-    from shardwise.search.space import Options
+    from shardwise.graph.garbage import uncollected
 
-    return why(job, cluster, Options(objective, memory, fixed or {}))[0]
+    with uncollected():
+        from shardwise.report.planned import why
+        from shardwise.search.space import Options
+
+        return why(job, cluster, Options(objective, memory, fixed or {}))[0]
 
 
 def report(plan: Plan, result: Result, predicted: Mapping[str, float] | None = None) -> str:

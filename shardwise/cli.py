@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive
 from shardwise.errors import JobError, PlanError, ProofError, ShardwiseError, UserError
+from shardwise.graph.garbage import uncollected
 
 if TYPE_CHECKING:
     from shardwise.job import Job
@@ -182,6 +183,7 @@ def _train(arguments: argparse.Namespace) -> Answer:
     return (result.to_dict() if first else None), 0
 
 
+@uncollected()
 def _plan(arguments: argparse.Namespace) -> Answer:
     from shardwise.report.planned import to_dict, why
     from shardwise.report.planned_html import page

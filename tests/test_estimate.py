@@ -182,7 +182,9 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", *long("gpt2", "bert")])
 def test_what_is_fused_keeps_less(name: str) -> None:
     graph = graph_of(name)
-    kept = [sum(Work(graph, (), saved(graph), Traits(graph, fused=fused)).kept(8)) for fused in ("none", "modules", "all")]
+    kept = [
+        sum(Work(graph, (), saved(graph), Traits(graph, fused=fused)).kept(8)) for fused in ("none", "modules", "all")
+    ]
     assert kept[0] >= kept[1] >= kept[2] > 0
 
 

@@ -80,8 +80,8 @@ def _model(shape: Shape) -> torch.nn.Module:
     AttentionMaskInterface.register("causal", lambda *args, **kwargs: None)
     common: dict[str, Any] = {"vocab_size": shape.vocab, "use_cache": False, "attn_implementation": "causal"}
     if shape.family != "gpt":
-        kinds = {"llama": (t.LlamaConfig, t.LlamaForCausalLM), "nemotron": (t.NemotronConfig, t.NemotronForCausalLM)}
-        sizes, model = kinds[shape.family]
+        family = shape.family.title()
+        sizes, model = getattr(t, f"{family}Config"), getattr(t, f"{family}ForCausalLM")
         config = sizes(
             hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads, intermediate_size=shape.ffn, max_position_embeddings=shape.length,

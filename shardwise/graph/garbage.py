@@ -1,4 +1,4 @@
-"""Garbage: Python's search for it rests while a model is captured or planned."""
+"""Garbage: Python's search for it rests while a model is captured or planned. What does this is imported in no time."""
 
 from __future__ import annotations
 

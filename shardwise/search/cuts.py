@@ -214,10 +214,11 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     ranks, n = case.plan.pipeline, len(bounds)
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
     kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
-    bytes_of = {}
+    bytes_of: dict[int, tuple[Array, Array, Array]] = {}
     for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
-        alone, one, half = (sum(case.memory(held, *counts).values()) for counts in ((0.0,), (1.0,), (1.0, 1.0)))
+        counts = ((0.0,), (1.0,), (1.0, 1.0))
+        alone, one, half = (np.add.reduce(list(case.memory(held, *those).values())) for those in counts)
         # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
         bytes_of[id(table)] = alone, one - alone, half - one
     fixed = case.profile.fixed * (1 + case.reserve)
@@ -236,7 +237,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     for stage in range(ranks * chunks):
         # As far as it goes: a stage that begins later needs no more memory.
         row = needs(stage % ranks, at)[at + 1 :]
-        at += np.count_nonzero(row <= rooms[stage % ranks] * (1 + _ROUNDING))
+        at += int(np.count_nonzero(row <= rooms[stage % ranks] * (1 + _ROUNDING)))
     if at < n - 1:
         return None
     used_by = [needs(rank, slice(None)) for rank in range(ranks)]
@@ -320,7 +321,8 @@ def _narrow(grid: _Grid, micros: int, least: float) -> tuple[list[Bounds], list[
         at.append(begins[fit[np.ix_(begins, at[-1])].any(axis=1)])
     at.reverse()
     picks = [np.ix_(begins, ends) for begins, ends in pairwise(at)]
-    return at, *([those[pick] for those, pick in zip(all_, picks, strict=True)] for all_ in (grid.times, grid.tails))
+    times, tails = ([some[pick] for some, pick in zip(each, picks, strict=True)] for each in (grid.times, grid.tails))
+    return at, times, tails
 
 
 def _best_path(times: Sequence[Array], micros: int) -> tuple[list[int] | None, float]:

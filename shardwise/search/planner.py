@@ -383,8 +383,8 @@ def _least_filling(ranks: int, chunks: int) -> float:
     """What filling and draining add at least to interleaved stages of alike ranks, in paces, however a model is cut.
 
     A rank's first micro-batch of its k-th stage comes through all stages before that one, and until then it has as many
-    micro-batches as there are ranks of each of its stages before; backward is the mirror image. That is a bound for each
-    rank and k. Of all of them take the mean, where those of k = 0 weigh more the later their rank is, by
+    micro-batches as there are ranks of each of its stages before; backward is the mirror image. That is a bound for
+    each rank and k. Of all of them take the mean, where those of k = 0 weigh more the later their rank is, by
     (rank − (ranks − 1) / 2) / (micro-batches × ranks × chunks): in this sum every stage counts as much, or more. Even
     stages need twice as much to fill, and uneven ones do come below that.
     """

@@ -178,7 +178,7 @@ class Case:
         fixed, each = self.places[rank].routes[PIPELINE].parts("send")
         return fixed + each * carried
 
-    def reduction(self, rank: int, s: Stretches, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
+    def reduction(self, rank: int, s: Held, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
         """Seconds of summing a pipeline rank's gradients.
 
         Returns:
@@ -210,7 +210,7 @@ class Case:
             behind = behind + hid * (1 - p.contention)
         return time - behind, behind, others
 
-    def update(self, rank: int, s: Stretches) -> Array:
+    def update(self, rank: int, s: Held) -> Array:
         """Seconds of the optimizer."""
         p, device = self.profile, self.places[rank].device
         moved = s.weights / self._shards(1) * (2 * p.state + p.gradient + 4)

@@ -257,7 +257,7 @@ class Planner:
         pace = 1 / speed
         for rank in kinds.values():
             # Some rank has a fair share of the weights or more; what takes longer to go backward takes longer a step.
-            whole = case.tables[rank].whole
+            whole = case.tables[rank].whole_held
             share = replace(whole.scaled(1 / ranks), tensors=0 * whole.tensors)  # it may be few large ones
             behind = np.array(pace if micros > 1 else through)
             shown, _, others = case.reduction(rank, share, behind)

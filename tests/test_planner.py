@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -15,6 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from shardwise.cost.pricer import Pricer
+from shardwise.cost.timeline import pipeline_seconds
 from shardwise.errors import PlanError
 from shardwise.graph.blocks import blocks
 from shardwise.graph.fold import fold
@@ -27,7 +30,7 @@ from shardwise.plan.plan import Plan, PlanAxis
 from shardwise.search.choose import planner_of, search
 from shardwise.search.cuts import cut_places
 from shardwise.search.explain import explain
-from shardwise.search.planner import Found, Planner, Priced
+from shardwise.search.planner import Found, Planner, Priced, least_filling
 from shardwise.search.space import Options
 from shardwise.search.strategies import Maker
 from tests.zoo import ZOO
@@ -138,6 +141,40 @@ def check_pick(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
     assert found.best is not None and found.complete
     assert found.best.value(objective) == pytest.approx(best, rel=1e-9)
     assert found.bound <= best * (1 + 1e-9) and found.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_no_cuts_of_a_deep_model_beat_a_bound() -> None:
+    """More cuts than are tried: whatever the schedule, some at random are no faster than is said that any can be."""
+    draw, widths = random.Random(0), (256, 2048, 256, 64) * 6
+    made = planner(widths, 64, Cluster.load("4x1xh100-sxm"), Options(fixed={"pipeline": 4}, zero=(0,)))
+    found, schedules = made.search(), set()
+    assert found.best is not None and found.bound <= found.best.value("time")
+    for shape in made.space.shapes():
+        cuts, case = made._cuts(shape), made._case(shape)
+        closer = made._closer(shape, cuts, made.bound(shape))
+        for _ in range(10):
+            some = sorted(draw.sample(cuts.places, shape.pipeline * shape.chunks - 1))
+            step = case.estimate(some).step
+            assert not cuts.few and max(closer, found.bound) <= step * (1 + 1e-9), shape
+            schedules.add(shape.schedule)
+    assert schedules == {"1f1b", "interleaved", "zero-bubble"}
+
+
+@pytest.mark.parametrize(("ranks", "chunks", "micros"), [(2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 2, 4)])
+def test_uneven_interleaved_stages_fill_sooner_than_even_ones_but_not_below_their_bound(
+    ranks: int, chunks: int, micros: int
+) -> None:
+    draw, stages = random.Random(0), ranks * chunks
+
+    def seconds(sizes: Sequence[float]) -> float:
+        forward, backward = ([size * share / sum(sizes) for size in sizes] for share in (1 / 3, 2 / 3))
+        return pipeline_seconds("interleaved", ranks, micros, forward, backward, [0.0] * (stages - 1))
+
+    best = [1.0] * stages
+    even = seconds(best)
+    for _ in range(1500):
+        best = min(best, [size * math.exp(draw.gauss(0, 0.1)) for size in best], key=seconds)
+    assert (micros + least_filling(ranks, chunks)) / ranks <= seconds(best) < 0.99 * even
 
 
 def test_what_axes_there_are_is_found_by_what_can_be_cut() -> None:

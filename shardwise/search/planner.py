@@ -154,7 +154,7 @@ class Planner:
             heapq.heapify(queue)
             while queue:
                 each = queue[0]
-                found.bound = each.bound if found.best is None else min(each.bound, found.best.value(objective))
+                found.bound = min(each.bound, found.best.value(objective) if found.best else math.inf)
                 if self._settled(found, each.bound):
                     break
                 if tell is not None:
@@ -234,7 +234,7 @@ class Planner:
             return Priced(shape.plan(**self._more), case.estimate([])).value(objective)
         rest, pace, through, forward = self._end(case)
         staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
-        halved = _least_filling(ranks, shape.chunks) * pace if len(kinds) == 1 else 0.0
+        halved = least_filling(ranks, shape.chunks) * pace if len(kinds) == 1 else 0.0
         filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
         step = micros * pace + max(filling, 0.0) + rest
         return step * (case.plan.ranks if objective == "cost" else 1)
@@ -379,7 +379,7 @@ def _least_1f1b(ranks: int, micros: int, through: float, forward: float) -> floa
     return max(shrinking, through + ((micros - 1) * through - ahead * forward) / ranks)
 
 
-def _least_filling(ranks: int, chunks: int) -> float:
+def least_filling(ranks: int, chunks: int) -> float:
     """What filling and draining add at least to interleaved stages of alike ranks, in paces, however a model is cut.
 
     A rank's first micro-batch of its k-th stage comes through all stages before that one, and until then it has as many

@@ -152,10 +152,11 @@ def test_no_cuts_of_a_deep_model_beat_a_bound() -> None:
     for shape in made.space.shapes():
         cuts, case = made._cuts(shape), made._case(shape)
         closer = made._closer(shape, cuts, made.bound(shape))
+        assert found.bound <= closer * (1 + 1e-9), "the gap has room for cuts that were not tried"
         for _ in range(10):
             some = sorted(draw.sample(cuts.places, shape.pipeline * shape.chunks - 1))
             step = case.estimate(some).step
-            assert not cuts.few and max(closer, found.bound) <= step * (1 + 1e-9), shape
+            assert not cuts.few and closer <= step * (1 + 1e-9), shape
             schedules.add(shape.schedule)
     assert schedules == {"1f1b", "interleaved", "zero-bubble"}
 

@@ -53,7 +53,8 @@ class Found:
         objective: what was looked for.
         priced: plans that fit and run, the best first; those priced before the best was known to be the best.
         tight: the plan that came nearest to fitting, where none fits.
-        bound: no plan of the space is better.
+        bound: no plan of the space is better, with whatever cuts.
+        floor: no cuts of the shapes that were priced without trying all are better.
         shapes: how many shapes the space has.
         small: how many of them are known to have too little memory however they are cut.
         complete: whether the search came to its end.
@@ -63,6 +64,7 @@ class Found:
     priced: list[Priced] = field(default_factory=list)
     tight: Priced | None = None
     bound: float = 0.0
+    floor: float = math.inf
     shapes: int = 0
     small: int = 0
     complete: bool = False
@@ -154,14 +156,15 @@ class Planner:
             heapq.heapify(queue)
             while queue:
                 each = queue[0]
-                found.bound = min(each.bound, found.best.value(objective) if found.best else math.inf)
+                found.bound = min(each.bound, found.floor, found.best.value(objective) if found.best else math.inf)
                 if self._settled(found, each.bound):
                     break
                 if tell is not None:
                     tell(found, len(queue))
                 if each.alone:
                     heapq.heappop(queue)
-                    self._price(each.shape, found)
+                    if self._price(each.shape, found):
+                        found.floor = min(found.floor, each.bound)
                 elif each.place >= 0:
                     cuts = self._cuts(each.shape)
                     closer = self._closer(each.shape, cuts, each.bound)
@@ -170,6 +173,8 @@ class Planner:
                         heapq.heappush(queue, each._replace(bound=closer, alone=True))
                     elif not self._price(each.shape, found, cuts):
                         small.append(each.shape)
+                    elif each.shape.pipeline > 1 and not cuts.few and objective != "memory":
+                        found.floor = min(found.floor, closer)
                 else:
                     place = 1 + bisect_left(each.family[1:], True, key=self._may_fit)
                     found.small += place - 1
@@ -177,7 +182,7 @@ class Planner:
                     self._replace(queue, place)
             else:
                 self._settled(found, math.inf)
-                found.bound = found.best.value(objective) if found.best else math.inf
+                found.bound = min(found.floor, found.best.value(objective)) if found.best else math.inf
             if found.best is None:
                 self._nearest(small, found)
             found.complete = True

@@ -273,8 +273,8 @@ class Planner:
     def _closer(self, shape: Shape, cuts: Cuts, bound: float) -> float:
         """What no cuts of a shape can beat where the places to cut at are looked at; infinite where none fit."""
         objective = self.space.options.objective
-        if shape.pipeline == 1 or cuts.few or objective == "memory":
-            return bound
+        if shape.pipeline == 1 or objective == "memory" or (cuts.few and shape.chunks > 1):
+            return bound  # where all cuts are tried, stages need not keep to their share of a rank's memory
         step = cuts.least() + (self._end(cuts.case)[0] if shape.chunks > 1 else 0.0)
         return max(bound, step * (cuts.case.plan.ranks if objective == "cost" else 1))
 

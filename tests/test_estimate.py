@@ -322,6 +322,34 @@ def test_of_what_is_gathered_the_own_part_is_kept() -> None:
     assert ahead["buffers"] > behind["buffers"] == whole["buffers"] == 0
 
 
+def test_what_an_allocator_keeps_besides_gives_way_in_part() -> None:
+    framework = replace(PROFILES["nanotron"], fragments=1.0, reserve=0.0, outside=0.0)
+    plan = Plan((PlanAxis(PIPELINE, 2),), stages("llama", 2), micro_batches=4, schedule="gpipe")
+    roomy = Pricer(graph_of("llama"), framework).price(plan, H100, 16)
+    whole = Pricer(graph_of("llama"), replace(framework, fragments=0.0)).price(plan, H100, 16)
+    loose = roomy.peak - whole.peak
+    assert loose > 0
+    for share, fits in ((0.9, True), (0.7, True), (0.5, False)):
+        room = (whole.peak + share * loose) / roomy.limits[0]
+        tight = Pricer(graph_of("llama"), framework).price(plan, H100.with_memory(room), 16)
+        assert tight.fits == fits
+        assert tight.peak == pytest.approx(whole.peak + max(share, 0.6) * loose)
+
+
+def test_what_comes_behind_the_last_product_has_passes_of_its_own() -> None:
+    def compute(passes: float, loss: float) -> float:
+        framework = replace(PROFILES["nanotron"], passes=passes, loss=loss)
+        return Pricer(graph_of("llama"), framework).price(Plan(), H100, 8).seconds["compute"]
+
+    # Scores and loss take their part of what memory bounds, and not all of it.
+    assert (
+        compute(2.0, 0.0)
+        == compute(2.0, 2.0)
+        == pytest.approx(compute(1.0, 2.0) + compute(2.0, 1.0) - compute(1.0, 1.0))
+    )
+    assert compute(1.0, 1.0) < compute(1.0, 2.0) < compute(2.0, 2.0)
+
+
 def test_shards_and_buckets_take_the_host_s_and_the_network_s_time() -> None:
     plain = replace(PROFILES["nanotron"], shard=0.0, bucket=0.0, overlap_data=0.0)
     entries = price("llama", data(8), 8, "nanotron").memory["parameters"] / 2

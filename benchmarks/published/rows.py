@@ -336,7 +336,7 @@ def cuts(graph: Graph, stages: int, *, ends: bool = False) -> tuple[str, ...]:
 
 @cache
 def costed_cuts(graph: Graph, stages: int) -> tuple[str, ...]:
-    """The operators at which stages begin as nanotron cuts: it goes on to the next stage behind the unit that exceeds
+    """The operators at which stages begin as nanotron cuts: it goes on to the next stage behind the unit that reaches
     the stage's share of all weights in layers and head; embedding, norm and loss are units without cost.
 
     Raises:
@@ -354,7 +354,7 @@ def costed_cuts(graph: Graph, stages: int) -> tuple[str, ...]:
     whole, done, found = sum(cost for _, cost in units), 0.0, [0]
     for (_, cost), (following, _) in pairwise(units):
         done += cost
-        if len(found) < stages and done > whole * len(found) / stages:
+        if len(found) < stages and done >= whole * len(found) / stages:
             found.append(following)
     if len(found) < stages:
         raise ValueError(f"{block.count} layers make no {stages} stages")

@@ -22,6 +22,8 @@ from shardwise.plan.plan import PIPELINE, Plan
 
 _LEAST = 1e-12
 """Seconds below which nothing takes a time."""
+_BACK = 0.4
+"""Share of what an allocator keeps besides that it can give back; fitted on which plans of ultrascale ran."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Case:
         if PIPELINE in place.routes and place.routes[PIPELINE].nodes > 1:
             hosts = [host + more for host, more in zip(hosts, staged, strict=True)]
             turn = np.maximum(0.0, hosts[0] + hosts[1] - busy[0] - busy[1] - waits[0] - waits[1])
-        lead = np.maximum(0.0, 1 - (hosts[0] + hosts[1]) / np.maximum(busy[0] + busy[1], _LEAST))
+        lead = np.maximum(0.0, 1 - p.late * (hosts[0] + hosts[1]) / np.maximum(busy[0] + busy[1], _LEAST))
         gather, scatter = self._gather(rank, s)
         once_more = gather + scatter
         # What runs behind computing slows it: the rest of its time is hidden.
@@ -248,13 +250,16 @@ class Case:
 
         The host goes on without them, but what a collective writes is given back when the device is through with it.
         The host is ahead where its work is the shorter, more with each micro-batch; and, whatever its work, while it
-        fills a pipeline; but by no more operators than the device has room for in its queue.
+        fills a pipeline, in whose steady state it has begun one micro-batch more; but by no more operators than the
+        device has room for in its queue.
         """
         p = self.profile
         sizes = [size for (axis, kind), (_, size) in s.sent.items() if kind == "all_gather" and axis != DATA]
         if not p.regather or not sizes:
             return np.zeros_like(s.forward)
-        micros = max(flight - 2, 0.0) + np.minimum(1.0, lead * self.plan.micro_batches) * min(flight, 2.0)
+        micros = lead * self.plan.micro_batches
+        if self.plan.pipeline > 1:
+            micros = max(flight - 2, 0.0) + np.minimum(1.0, micros) * (min(flight, 2.0) + (flight > 1))
         return sum(sizes[1:], sizes[0]) * np.minimum(micros, p.queue / np.maximum(s.calls, 1.0))
 
     @cached_property
@@ -346,9 +351,13 @@ class Case:
             found = self.memory(s, flight, self.half_done(rank) / len(kept))
             items = {item: float(size) for item, size in found.items()}
             mine = [(o, t) for o, t, r in zip(own, times, owners, strict=True) if r == rank]
-            waiting = sum(float(self.waiting(o, t.lead, flight)) for o, t in mine)
-            items["buffers"] += waiting
-            items["reserve"] += waiting * self.reserve
+            loose = sum(float(self.waiting(o, t.lead, flight)) for o, t in mine)
+            loose += self.profile.fragments * sum(kept) * (flight > 1)
+            # Where there is no room for it, the allocator waits for the device and has a part back.
+            room = max(self.places[rank].memory - sum(items.values()), 0.0) / (1 + self.reserve)
+            loose = max(min(loose, room), loose * (1 - _BACK))
+            items["buffers"] += loose
+            items["reserve"] += loose * self.reserve
             memory.append(items)
         limits = tuple(place.memory for place in self.places)
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits)

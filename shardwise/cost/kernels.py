@@ -27,6 +27,7 @@ class Kernels:
         device: the device.
         flash: whether attention is fused; else scores are written and read.
         passes: how many times as long as their bytes ask for operators bound by memory take.
+        loss: the same of those behind the last product; 0 for as long.
         attention: rate of fused attention over that of the device's description.
         portable: whether attention does without the instructions that earlier devices lack.
         eight: operators whose products are computed in 8 bits.
@@ -38,11 +39,13 @@ class Kernels:
         *,
         flash: bool = True,
         passes: float = 1.0,
+        loss: float = 0.0,
         attention: float = 1.0,
         portable: bool = True,
         eight: Collection[Op] = (),
     ) -> None:
-        self.device, self.flash, self.passes, self.eight = device, flash, passes, eight
+        self.device, self.flash, self.eight = device, flash, eight
+        self.passes, self.loss = passes, loss or passes
         self._fused = attention * ((portable and device.portable) or device.attention).value
         self._memory = device.bandwidth.value * device.reached.value
         # An accelerator runs ahead of its host, and a core is the host.
@@ -143,7 +146,8 @@ class Kernels:
         return times * task.flops / rate + moved * self.passes / self._memory
 
     def _moved(self, task: Task, moved: float) -> float:
-        return 0.0 if task.kind == NOTHING else moved * self.passes / self._memory
+        passes = self.loss if task.last else self.passes
+        return 0.0 if task.kind == NOTHING else moved * passes / self._memory
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -172,7 +172,7 @@ class Pricer:
 
         def rows() -> Rows:
             kernels = Kernels(
-                device, flash=p.flash, passes=p.passes, attention=p.attention, portable=p.portable,
+                device, flash=p.flash, passes=p.passes, loss=p.loss, attention=p.attention, portable=p.portable,
                 eight=self.layers if besides.fp8 else frozenset(),
             )  # fmt: skip
             return Rows(self.folded, self.work(split), samples, kernels, self._gradients if p.stepwise else None)

@@ -19,8 +19,11 @@ class Profile:
         prepared: whether what depends on the batch alone, such as masks, is made beforehand.
         balanced: whether each rank of a context axis has early and late queries, as many keys for each rank.
         passes: how many times as long as their bytes ask for operators bound by memory take.
+        loss: the same of those behind the last product; 0 for as long.
         call: seconds of the host for each operator it starts.
         queue: operators that it is ahead of the device at most.
+        late: share of the host's time that keeps it from being ahead: in stretches of large operators it gets ahead of
+            the device though it is the slower one on the whole.
         step: seconds that each step of a tensor axis's ring takes besides where it leaves the node.
         step_staged: seconds of the host for each step of such a ring, in a pipeline that leaves its node, where forward
             and backward of micro-batches alternate.
@@ -52,6 +55,7 @@ class Profile:
         reserve: share by which the allocator keeps more than is in use.
         stepwise: whether memory is followed through backward operator by operator, as autograd makes and frees tensors;
             else the largest tensor is there twice besides all that is kept.
+        fragments: share of a micro-batch's activations that it keeps besides where several are in flight.
         fixed: bytes of communication buffers and libraries' workspaces.
         outside: bytes that these take of the device where the framework's own figure of memory leaves them out.
     """
@@ -62,8 +66,10 @@ class Profile:
     prepared: bool = False
     balanced: bool = False
     passes: float = 1.0
+    loss: float = 0.0
     call: float = 0.0
     queue: float = 0.0
+    late: float = 1.0
     step: float = 0.0
     step_staged: float = 0.0
     tick: float = 0.0
@@ -89,6 +95,7 @@ class Profile:
     stops: bool = False
     reserve: float = 0.05
     stepwise: bool = False
+    fragments: float = 0.0
     fixed: float = 0.0
     outside: float = 0.0
 
@@ -118,9 +125,10 @@ PROFILES = {
     for p in (
         Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5, stepwise=True),
         Profile(
-            "nanotron", fused="modules", prepared=True, passes=2.8, call=96e-6, queue=450, step=21e-6,
-            step_staged=340e-6, tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, regather=True,
-            send_gradient=4, state=12, shard=3e-6, bucket=13.1e6, overlap_data=1.0, reserve=0.02, outside=6e9,
+            "nanotron", fused="modules", prepared=True, passes=3.6, loss=1.5, call=96e-6, queue=450, late=0.65,
+            step=21e-6, step_staged=340e-6, tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, regather=True,
+            send_gradient=4, state=12, shard=3e-6, bucket=13.1e6, overlap_data=1.0, reserve=0.02, fragments=0.1,
+            outside=7.5e9,
         ),
         Profile(
             "megatron", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=4,

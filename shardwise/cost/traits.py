@@ -35,6 +35,7 @@ class Trait(NamedTuple):
         bias: whether it runs inside of the product before it.
         free: whether it costs nothing: a view, or made ready beforehand.
         weighted: whether parameters meet what is received in it, so that its backward can come in two halves.
+        last: whether it comes behind the last product, as a loss does.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Trait(NamedTuple):
     bias: bool
     free: bool
     weighted: bool
+    last: bool
 
 
 class Traits:
@@ -82,6 +84,7 @@ class Traits:
             bias=bias,
             free=kind == NOTHING or (self.prepared and not learned),
             weighted=not bias and {v in self.params for v in op.inputs} == {True, False},
+            last=self._levels[op] == self._deepest,
         )
 
     @cached_property
@@ -118,6 +121,11 @@ class Traits:
             before = [producer[v] for v in op.inputs if v in producer]
             levels[op] = max((levels[b] + (self.kinds[b] in (PRODUCT, ATTENTION)) for b in before), default=0)
         return levels
+
+    @cached_property
+    def _deepest(self) -> int:
+        """How many products lie before those operators that come behind the last."""
+        return max(self._levels.values(), default=0) or 1
 
     @cached_property
     def _readers(self) -> Mapping[Value, list[Op]]:

@@ -52,6 +52,7 @@ class Task:
         moved_back: the same of backward.
         causal: whether it is attention that leaves out the keys behind each query; of some queries it takes all keys.
         calls: 1 where it is an operator of its own, 0 where it is a part of another or a view.
+        last: whether it comes behind the last product, as a loss does.
         forward, backward: collectives of its edges.
     """
 
@@ -65,6 +66,7 @@ class Task:
     moved_back: float
     causal: bool
     calls: int
+    last: bool
     forward: tuple[Message, ...]
     backward: tuple[Message, ...]
 
@@ -149,7 +151,9 @@ class Work:
         product = self._product(op, samples, flops) if kind == PRODUCT else None
         queries = any(c.letter is not None and c.letter.special == "queries" for c in self.layout.choices[op])
         causal = bool(op.context.arguments.get("is_causal", False)) and (self.balanced or not queries)
-        return Task(op, kind, trait.dtype, flops, product, gradients, moved, back, causal, calls, forward, backward)
+        return Task(
+            op, kind, trait.dtype, flops, product, gradients, moved, back, causal, calls, trait.last, forward, backward
+        )
 
     def _product(self, op: Op, samples: int, flops: float) -> Product:
         out = op.context.out.value

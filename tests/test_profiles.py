@@ -67,6 +67,24 @@ def test_groups_of_ranks_hold_more_and_send_less_between_nodes() -> None:
     assert price(plan, besides=Besides(shards=16)).step == pytest.approx(price(plan).step)
 
 
+def test_a_context_axis_shares_what_is_sharded() -> None:
+    eight = (PlanAxis("data", 8, ("batch",)),)
+    alone, spread = (price(Plan(eight, zero=3), besides=Besides(spread=spread)) for spread in (1, 2))
+    for item in ("parameters", "gradients", "optimizer"):
+        assert alone.memory[item] == pytest.approx(2 * spread.memory[item])
+    assert alone.memory["activations"] == spread.memory["activations"]
+
+
+def test_fetching_sharded_weights_takes_longer_than_their_bytes() -> None:
+    def sent(fetch: float) -> float:
+        framework = replace(FSDP, fetch=fetch, overlap_gather=0.0)
+        return price(Plan(SIXTEEN, zero=3), framework).seconds["communication data"]
+
+    starts = sent(0.0)
+    assert starts > 0
+    assert sent(3.0) - starts == pytest.approx(3 * (sent(1.0) - starts))
+
+
 def test_a_broadcast_of_each_share_starts_as_often_as_there_are_ranks() -> None:
     plan = Plan(SIXTEEN, zero=1)
     gather, each = (price(plan, replace(FSDP, broadcasts=b, overlap_gather=0.0)) for b in (False, True))

@@ -265,6 +265,11 @@ def shards_of(row: Mapping[str, str]) -> int:
     return int(found.group(1)) if found else int(number(row, "gpus_per_node", 8)) if "hsdp" in text else 0
 
 
+def spread_of(row: Mapping[str, str]) -> int:
+    """Over how many times as many ranks as split the batch ZeRO shards: torchtitan's does over a context axis too."""
+    return max(1, int(number(row, "cp", 1))) if row["table"] == "torchtitan" and zero_of(row) == 3 else 1
+
+
 def ahead_of(row: Mapping[str, str]) -> int:
     """How many times as many micro-batches as ranks a zero-bubble schedule holds, which its name says."""
     found = re.search(r"schedule ZB-(\d)p", row.get("notes") or "")
@@ -337,7 +342,8 @@ def cuts(graph: Graph, stages: int, *, ends: bool = False) -> tuple[str, ...]:
 @cache
 def costed_cuts(graph: Graph, stages: int) -> tuple[str, ...]:
     """The operators at which stages begin as nanotron cuts: it goes on to the next stage behind the unit that reaches
-    the stage's share of all weights in layers and head; embedding, norm and loss are units without cost.
+    the stage's share of all weights in layers and head; embedding, norm and loss are units without cost. Its source goes
+    on behind what exceeds the share; where a unit reaches it to the number, times and memory on 8 devices say it does too.
 
     Raises:
         ValueError: more stages than units.
@@ -385,9 +391,8 @@ def price(row: Mapping[str, str]) -> Estimate:
     plan = plan_of(row, shape, graph)
     micro = int(number(row, "micro_batch")) or 1
     batch = micro * plan.micro_batches * math.prod(a.size for a in plan.axes if a.dims == ("batch",))
-    besides = Besides(
-        recompute_of(row, shape, graph)[1], shards_of(row), EIGHT.search(precision) is not None, ahead_of(row)
-    )
+    selective, eight = recompute_of(row, shape, graph)[1], EIGHT.search(precision) is not None
+    besides = Besides(selective, shards_of(row), spread_of(row), eight, ahead_of(row))
     pricer, cluster = pricer_of(shape, profile_of(row)), Cluster.load(cluster_of(row))
     found = pricer.price(plan, cluster, batch, besides=besides)
     if plan.zero == 3 and not found.fits and not (row.get("recompute") or row.get("status")):

@@ -80,6 +80,7 @@ class Case:
         for axis in plan.axes:
             self.data *= axis.size if axis.dims == ("batch",) else 1
         self.shards, self.ahead = min(besides.shards or self.data, self.data), besides.ahead
+        self.spread = besides.spread
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -165,7 +166,8 @@ class Case:
         calls = np.maximum(1.0, layers * p.pieces)
         weights = s.weights * p.send_weight if p.send_weight else s.weight_bytes
         (start, each), (start_sum, each_sum) = route.parts("all_gather"), self._scattered(rank)
-        return start * calls + each * weights, start_sum * calls + each_sum * s.weights * p.send_gradient
+        sums = each_sum * s.weights * p.send_gradient
+        return start * calls + each * weights * p.fetch, start_sum * calls + sums * p.fetch
 
     def _scattered(self, rank: int) -> tuple[float, float]:
         """Seconds to sum and scatter nothing, and of each byte: among the shards, then of each among its copies."""
@@ -268,7 +270,7 @@ class Case:
         return self.profile.reserve * self._apart(0)
 
     def _shards(self, from_stage: int) -> int:
-        return self.shards if self.plan.zero >= from_stage else 1
+        return self.shards * self.spread if self.plan.zero >= from_stage or self.spread > 1 else 1
 
     def in_flight(self, rank: int, stages: int) -> float:
         """Micro-batches whose activations a pipeline rank holds at most, over all its stages."""

@@ -14,7 +14,7 @@ from shardwise.machine.device import Device
 
 _TILES = ((256, 128, 1.0), (128, 128, 0.92), (128, 64, 0.75), (64, 64, 0.55))
 """Blocks of the result that one multiprocessor computes, and the share of its rate that it reaches with them."""
-_FILL = 128.0  # products of a block's depth before its pipeline is full
+_FILL = 256.0  # products of a block's depth before its pipeline is full
 _ALIGNED = 16  # bytes at whose multiples a row has to begin for matrix units (NVIDIA's guide to matrix products)
 _MISALIGNED = 0.45  # share of fp32's rate that is left without them; fitted on runs with heads of 450 entries
 _BACK_ATTENTION = 2.5  # fused attention computes the scores again: 5 products to 2 (Dao et al., 2022)

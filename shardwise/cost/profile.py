@@ -46,6 +46,7 @@ class Profile:
         overlap_gather: share of computing behind which the gathering of sharded or updated weights is hidden.
         broadcasts: whether updated weights are sent by a broadcast of each rank's share, and not by one gather.
         pieces: collectives in which the sharded weights of a layer are gathered.
+        fetch: how many times as long as on the wire the bytes of sharded weights, and of their gradients, take.
         overlap_tensor: share of a tensor axis's collectives that is hidden.
         contention: seconds that computing takes longer for each second of collectives behind it, which hold
             processors and memory bandwidth.
@@ -88,6 +89,7 @@ class Profile:
     overlap_gather: float = 0.0
     broadcasts: bool = False
     pieces: int = 1
+    fetch: float = 1.0
     overlap_tensor: float = 0.0
     contention: float = 0.35
     attention: float = 1.0
@@ -108,12 +110,14 @@ class Besides:
         selective: "attention": attention alone is computed again, besides the blocks that the plan names; "products":
             of these blocks attention and every second product are kept.
         shards: how many neighbours of the ranks that split the batch share what ZeRO shards; 0 for all.
+        spread: over how many times as many ranks as split the batch ZeRO-3 shards: those of a context axis too.
         fp8: whether products of repeated layers are computed in 8 bits.
         ahead: how many times as many micro-batches as it has ranks a zero-bubble schedule may hold (Qi et al., 2024).
     """
 
     selective: str = ""
     shards: int = 0
+    spread: int = 1
     fp8: bool = False
     ahead: int = 1
 
@@ -146,7 +150,7 @@ PROFILES = {
         ),
         Profile(
             "deepspeed", fused="all", flash=False, prepared=True, passes=1.2, call=6e-6, weight=2, gradient=6,
-            accumulate=14.4, send_gradient=2, state=12, pieces=18, reserve=0.16, fixed=7e9,
+            accumulate=14.4, send_gradient=2, state=12, pieces=5, fetch=5.4, reserve=0.16, fixed=7e9,
         ),
         Profile(
             "torchtitan", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,

@@ -342,8 +342,8 @@ def cuts(graph: Graph, stages: int, *, ends: bool = False) -> tuple[str, ...]:
 @cache
 def costed_cuts(graph: Graph, stages: int) -> tuple[str, ...]:
     """The operators at which stages begin as nanotron cuts: it goes on to the next stage behind the unit that reaches
-    the stage's share of all weights in layers and head; embedding, norm and loss are units without cost. Its source goes
-    on behind what exceeds the share; where a unit reaches it to the number, times and memory on 8 devices say it does too.
+    the stage's share of all weights in layers and head; embedding, norm and loss are units without cost. Its source
+    goes on behind what exceeds the share; where a unit just reaches it, times and memory on 8 devices say it does too.
 
     Raises:
         ValueError: more stages than units.

@@ -204,7 +204,7 @@ def test_no_more_is_computed_again_than_memory_asks_for() -> None:
 
 
 class Sorted(nn.Module):
-    """Rows in the order of their first entries, a layer, and back in the order they had."""
+    """Rows in the order of their first entries, a layer, and back in the order they had, numbered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class Sorted(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
         order = y[:, 0].argsort()
-        found: torch.Tensor = self.second(y[order].relu())[order.argsort()]
+        found: torch.Tensor = (self.second(y[order].relu()) + order.unsqueeze(1))[order.argsort()]
         return found
 
 

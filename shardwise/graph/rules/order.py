@@ -89,11 +89,15 @@ class Region:
 
 
 class _Touch(NamedTuple):
-    """An operator on ordered rows: its place, the positions that have them, and one of their orders, or their keys."""
+    """An operator on ordered rows: its place, the positions that have them, and one of their orders, or their keys.
+
+    `own` where its ties hold for rows that each rank sorts by itself, and for no others.
+    """
 
     place: int
     rows: frozenset[tuple[Slot, int]]
     order: Order | Value
+    own: bool
 
 
 AS_THEY_ARE = {
@@ -162,10 +166,10 @@ class Orders:
                     self._found += [order] if order not in self._found else []
         rows = set(c.rows.orders)
         if found and rows:
-            self._touched.append(_Touch(index, frozenset(rows), next(iter(found))))
+            self._touched.append(_Touch(index, frozenset(rows), next(iter(found)), c.rows.followed))
         if c.rows.counts is not None:
             # Each rank's counts are of its own rows, if these are of its own, too.
-            self._touched.append(_Touch(index, frozenset({(c.inputs[0].slot, 0)}), c.rows.counts))
+            self._touched.append(_Touch(index, frozenset({(c.inputs[0].slot, 0)}), c.rows.counts, False))
 
     def source(self, value: Value) -> Value:
         """The tensor that another has the numbers of, perhaps sorted, perhaps in another dtype."""
@@ -190,12 +194,14 @@ class Orders:
             every = [{letter.dim for letter in own} for own in fit]
             shared = () if root in broken else tuple(x.dim for x in fit[0] if all(x.dim in dims for dims in every))
             region = Region(shared, [t.place for t in touches])
-            regions.append(region)
+            regions += [region] if shared else []
             for t in touches:
                 mine = [x for x in letters[t.place] if any((p.slot, p.pos) in t.rows for p in x.places)]
                 for letter in mine:
-                    letter.region = region
-                out = {letter for letter in mine if letter.dim not in shared}
+                    letter.region = region if shared else None
+                # Rows that stay whole at a sort are rows like any others behind it, in pieces of the sorted whole.
+                own = t.own or bool(shared)
+                out = {x for x in mine if x.dim not in shared and (own or x.partials)}
                 kept[t.place] = tuple(x for x in kept.get(t.place, letters[t.place]) if x not in out)
         return regions, kept
 

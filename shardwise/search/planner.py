@@ -169,7 +169,10 @@ class Planner:
                     cuts = self._cuts(each.shape)
                     closer = self._closer(each.shape, cuts, each.bound)
                     self._replace(queue, each.place + 1)
-                    if queue and queue[0].bound < closer < math.inf:
+                    if closer == math.inf:
+                        found.small += 1
+                        small.append(each.shape)
+                    elif queue and queue[0].bound < closer:
                         heapq.heappush(queue, each._replace(bound=closer, alone=True))
                     elif not self._price(each.shape, found, cuts):
                         small.append(each.shape)

@@ -98,7 +98,7 @@ class _Only(Layout):
         self.__dict__.update(whole.__dict__)
         self.letter = letter
         self.axes = (SplitAxis("axis", parts, (letter.dim.name,)),)
-        self.choices, self.states = {}, {}
+        self.choices, self.states, self._needs = {}, {}, {}
         self._place(op)
 
     def _pick(self, op: Op, axis: SplitAxis, cut_by: Any) -> Letter | None:

@@ -187,7 +187,7 @@ def _is(name: str, op: str) -> bool:
 
 
 def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> list[list[tuple[float, float]]]:
-    """Seconds of forward and of backward of each probe at each number of samples, on this rank: the least median.
+    """Seconds of forward and backward of each probe at each number of samples, on this rank: of the passes the middle.
 
     Args:
         backend: what it runs on.
@@ -209,7 +209,10 @@ def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> lis
                 kept[0].append(statistics.median(forward))
                 kept[1].append(statistics.median(backward))
     return [
-        [(min(samples[i, batch][0]), max(min(samples[i, batch][1]) - nothing, _LEAST)) for _, batch in row]
+        [
+            (statistics.median(samples[i, batch][0]), max(statistics.median(samples[i, batch][1]) - nothing, _LEAST))
+            for _, batch in row
+        ]
         for i, row in enumerate(runs)
     ]
 

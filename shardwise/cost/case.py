@@ -15,8 +15,9 @@ import numpy as np
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.place import COPIES, DATA, SHARDS, Place
 from shardwise.cost.profile import NOTHING, Besides, Profile
-from shardwise.cost.table import PLAIN, Array, Held, Stretches, Table
+from shardwise.cost.table import PLAIN, Held, Stretches, Table
 from shardwise.cost.timeline import ahead_seconds, most_held, pipeline_seconds
+from shardwise.cost.weights import Array
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
 

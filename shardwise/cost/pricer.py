@@ -20,8 +20,9 @@ from shardwise.cost.gradients import gradient_lives
 from shardwise.cost.kernels import Kernels
 from shardwise.cost.place import Place, loads, places
 from shardwise.cost.profile import NOTHING, PROFILES, Besides, Profile
-from shardwise.cost.table import Again, Rows, Table, Weights
+from shardwise.cost.table import Again, Rows, Table
 from shardwise.cost.traits import Traits, counts_samples
+from shardwise.cost.weights import Weights
 from shardwise.cost.work import Work
 from shardwise.errors import PlanError
 from shardwise.graph.blocks import Block, blocks

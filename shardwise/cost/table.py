@@ -18,14 +18,12 @@ import numpy.typing as npt
 
 from shardwise.cost.kernels import Kernels
 from shardwise.cost.traits import ATTENTION, PRODUCT
+from shardwise.cost.weights import Array, Bounds, Weights
 from shardwise.cost.work import Message, Task, Work
 from shardwise.graph.fold import Folded
 from shardwise.graph.graph import CASTS
 from shardwise.graph.rules import Value
 from shardwise.parallel.recompute import blocks_by
-
-Array = npt.NDArray[np.float64]
-Bounds = npt.NDArray[np.int_]
 
 
 @dataclass(frozen=True)
@@ -104,53 +102,6 @@ PLAIN = (
     "weights", "weight_bytes", "tensors",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
-
-
-class Weights:
-    """The parameters of a split.
-
-    Args:
-        folded: the graph without what only repeats.
-        work: what its operators do.
-        each: bytes of a parameter's entry; 0 for its own dtype's.
-    """
-
-    def __init__(self, folded: Folded, work: Work, each: int) -> None:
-        graph = folded.whole
-        # Those over the batch are summed apart, together.
-        self.axes = [axis.name for axis in work.axes if axis.size > 1 and axis.dims != ("batch",)]
-        first = np.zeros((len(graph.ops) + 1, 3 + len(self.axes)))
-        self._repeated: list[tuple[int, int, Array]] = []
-
-        def row_of(value: Value) -> list[float]:
-            entries = work.local(value, 1)
-            over = {work.axes[a].name for a in work.layout.grad_axes(value)}
-            size = entries * (each or value.dtype.itemsize)
-            return [entries, size, 1, *(entries * (axis in over) for axis in self.axes)]
-
-        numbers = {value: n for n, value in enumerate(dict.fromkeys(value for value, _ in folded.reads))}
-        rows = np.array([row_of(value) for value in numbers]).reshape(-1, 3 + len(self.axes))
-        places = [numbers[value] for value, _ in folded.reads]
-        np.add.at(first, [uses[0] + 1 for _, uses in folded.reads], rows[places])
-        for place, (_, uses) in zip(places, folded.reads, strict=True):
-            self._repeated += [(before, use, rows[place]) for before, use in pairwise(uses)]
-        self._running = np.cumsum(first, axis=0)
-
-    def gradients(self) -> Array:
-        """Bytes of gradients in fp32 of what operators before each, and before the end, are the first to read."""
-        found: Array = 4 * self._running[:, 0]
-        return found
-
-    def between(self, at: Bounds) -> tuple[Array, Array, Array, Mapping[str, Array]]:
-        """Entries, bytes and number of what each stretch reads, each parameter once; entries to sum over each axis."""
-        found = self._running[at][None, :, :] - self._running[at][:, None, :]
-        for before, use, row in self._repeated:
-            # A stretch that begins between two uses has the second without the first.
-            begins = (at > before) & (at <= use)
-            if begins.any():
-                found += (begins[:, None] & (at > use)[None, :])[:, :, None] * row
-        summed = {axis: found[..., 3 + k] for k, axis in enumerate(self.axes)}
-        return found[..., 0], found[..., 1], found[..., 2], summed
 
 
 class Rows:

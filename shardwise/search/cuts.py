@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.case import Case
-from shardwise.cost.table import Array, Bounds, Held, Stretches, Table
+from shardwise.cost.table import Held, Stretches, Table
+from shardwise.cost.weights import Array, Bounds
 
 _PLACES = 192
 """Of how many places to cut at most one is found to be best."""

@@ -163,7 +163,8 @@ class Planner:
                     tell(found, len(queue))
                 if each.alone:
                     heapq.heappop(queue)
-                    if self._price(each.shape, found):
+                    cuts = self._cuts(each.shape)
+                    if self._price(each.shape, found, cuts) and not cuts.few:
                         found.floor = min(found.floor, each.bound)
                 elif each.place >= 0:
                     cuts = self._cuts(each.shape)

@@ -147,7 +147,8 @@ def _steps(schedule: str, ranks: int, stages: int, micros: int) -> Sequence[_Ste
         for rank, mine in enumerate(order):
             while at[rank] < len(mine):
                 action = mine[at[rank]]
-                before, hop = _waits(action, stages, number)
+                waits, hop = _waits(action, stages)
+                before = next((number[a] for a in waits if a in number), None if waits else 0)
                 if before is None:
                     break
                 turned = action.kind != "F" and at[rank] > 0 and mine[at[rank] - 1].kind == "F"
@@ -159,16 +160,19 @@ def _steps(schedule: str, ranks: int, stages: int, micros: int) -> Sequence[_Ste
     return steps
 
 
-def _waits(action: Action, stages: int, number: Mapping[Action, int]) -> tuple[int | None, int]:
-    """The number of the action that one waits for, 0 for none, None where it is not known yet; and over which hop."""
+def _waits(action: Action, stages: int) -> tuple[tuple[Action, ...], int]:
+    """The actions one of which is done before another begins, none for those that wait for none; and over which hop.
+
+    The hop is that behind a stage; -1 where both are of one.
+    """
     stage, kind, micro = action
     if kind == "F":
-        return (0, -1) if stage == 0 else (number.get(Action(stage - 1, "F", micro)), stage - 1)
+        return ((Action(stage - 1, "F", micro),), stage - 1) if stage else ((), -1)
     if kind == "W":
-        return number.get(Action(stage, "I", micro)), -1
+        return (Action(stage, "I", micro),), -1
     if stage == stages - 1:
-        return number.get(Action(stage, "F", micro)), -1
-    return number.get(Action(stage + 1, "B", micro), number.get(Action(stage + 1, "I", micro))), stage
+        return (Action(stage, "F", micro),), -1
+    return (Action(stage + 1, "B", micro), Action(stage + 1, "I", micro)), stage
 
 
 def _takes(action: Action, forward: Sequence[float], backward: Sequence[float]) -> float:
@@ -177,18 +181,8 @@ def _takes(action: Action, forward: Sequence[float], backward: Sequence[float]) 
     return backward[action.stage] * (1.0 if action.kind == "B" else 0.5)
 
 
-def _ready(action: Action, stages: int, done: dict[Action, float], sends: Sequence[float]) -> float | None:
+def _ready(action: Action, stages: int, done: Mapping[Action, float], sends: Sequence[float]) -> float | None:
     """When what an action needs is there; None while that is not known."""
-    stage, kind, micro = action
-    if kind == "F":
-        return 0.0 if stage == 0 else _plus(done.get(Action(stage - 1, "F", micro)), sends[stage - 1])
-    if kind == "W":
-        return done.get(Action(stage, "I", micro))
-    if stage == stages - 1:
-        return done.get(Action(stage, "F", micro))
-    after = done.get(Action(stage + 1, "B", micro), done.get(Action(stage + 1, "I", micro)))
-    return _plus(after, sends[stage])
-
-
-def _plus(seconds: float | None, send: float) -> float | None:
-    return None if seconds is None else seconds + send
+    waits, hop = _waits(action, stages)
+    before = next((done[a] for a in waits if a in done), None if waits else 0.0)
+    return before if before is None or hop < 0 else before + sends[hop]

@@ -17,7 +17,7 @@ from shardwise.graph.dims import BATCH, ONE, Dim, Size
 from shardwise.graph.garbage import uncollected
 from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import RULES, Letter, OpContext, Operand, Slot, Value, operator_name
-from shardwise.graph.rules.order import Orders, Region
+from shardwise.graph.rules.order import AS_THEY_ARE, Orders, Region
 from shardwise.job import Batch, Job
 
 
@@ -356,10 +356,7 @@ CASTS = {"aten._to_copy", "aten.to"}
 """Operators of which a model has others, or none, in another dtype."""
 _NO_GRADIENT = {"aten.detach", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like"}
 _NUMBER_FUNCTIONS = {operator.mul, operator.add, operator.sub, operator.floordiv, torch.ops.aten.sym_size.int}
-_IOTA_MOVES = {
-    "aten.unsqueeze", "aten.squeeze", "aten.view", "aten.reshape", "aten.expand", "aten.slice", "aten.clone",
-    "aten._to_copy", "aten.to", "aten.contiguous", "aten.alias", "aten.detach", "aten._unsafe_view",
-}  # fmt: skip
+_IOTA_MOVES = AS_THEY_ARE | {"aten.slice"}
 
 
 def common_module(names: list[str]) -> str:

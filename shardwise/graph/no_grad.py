@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-_WHOLE = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 
 
 def detach_inputs(module: fx.GraphModule, plain: Collection[str] = ()) -> None:
@@ -48,7 +47,7 @@ def _part(module: fx.GraphModule, node: fx.Node) -> tuple[bool, fx.GraphModule] 
 
 def _detach(part: fx.GraphModule, places: Collection[fx.Node]) -> None:
     """What a part takes is detached where it computes with it, not where it hands it on, even to one with gradients."""
-    places = [p for p in places if isinstance(p.meta.get("val"), Tensor) and p.meta["val"].dtype not in _WHOLE]
+    places = [p for p in places if _has_gradients(p.meta.get("val"))]
     last = [n for n in part.graph.nodes if n.op == "placeholder"]
     for place in places:
         computing = [user for user in place.users if user.op != "output" and not (_part(part, user) or (False,))[0]]
@@ -59,3 +58,7 @@ def _detach(part: fx.GraphModule, places: Collection[fx.Node]) -> None:
             for user in computing:
                 user.replace_input_with(place, plain)
     part.recompile()
+
+
+def _has_gradients(value: object) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from shardwise.graph.rewrite import Rewriter, arguments
-
-aten = torch.ops.aten
+from shardwise.graph.rules import operator_name
+from shardwise.graph.rules.order import COPIES
 
 
 def inverse(permutation: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ inverse.operator_name = "shardwise.inverse"  # type: ignore[attr-defined]
 def written(r: Rewriter, node: fx.Node) -> None:
     """0, 1, 2, ... written to the places of a permutation is its inverse, however many rows there are."""
     a = arguments(node)
-    over = str(node.target.overloadpacket) == "aten.index_put"  # type: ignore[union-attr]
+    over = operator_name(node.target) == "aten.index_put"
     index, values = (a["indices"], a["values"]) if over else ([a["index"]], a.get("src"))
     if a.get("accumulate") or len(index) != 1 or not isinstance(values, fx.Node) or not _is_permutation(index[0]):
         return
@@ -39,7 +40,7 @@ def sorted_again(r: Rewriter, node: fx.Node) -> None:
     given = arguments(node)
     if not _is_permutation(given["self"]) or given.get("descending"):
         return
-    if "argsort" in str(node.target):
+    if operator_name(node.target) == "aten.argsort":
         r.replace(r.call(inverse, given["self"]))
     elif all(user.args[1] == 1 for user in node.users):
         found = r.call(inverse, given["self"])
@@ -54,15 +55,17 @@ def _is_permutation(node: Any) -> bool:
     node = _plain(node)
     if not isinstance(node, fx.Node) or node.meta["val"].ndim != 1:
         return False
-    source = node.args[0] if node.op == "call_function" and "getitem" in str(node.target) else node
-    name = str(getattr(source.target, "overloadpacket", "")) if isinstance(source, fx.Node) else ""
-    return name == "aten.argsort" or node.target is inverse or (name == "aten.sort" and bool(node.args[1] == 1))
+    if node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        return operator_name(source.target) == "aten.sort" and bool(index == 1)
+    return operator_name(node.target) == "aten.argsort" or node.target is inverse
 
 
 def _counts(node: fx.Node) -> bool:
     """Whether a node has 0, 1, 2, ..."""
     node = _plain(node)
-    if str(getattr(node.target, "overloadpacket", "")) != "aten.arange":
+    if operator_name(node.target) != "aten.arange":
         return False
     given = arguments(node)
     return (given.get("start", 0), given.get("step", 1)) == (0, 1)
@@ -70,9 +73,6 @@ def _counts(node: fx.Node) -> bool:
 
 def _plain(node: Any) -> Any:
     """A node without the copies of it."""
-    while isinstance(node, fx.Node) and str(getattr(node.target, "overloadpacket", "")) in _COPIES:
+    while isinstance(node, fx.Node) and operator_name(node.target) in COPIES:
         node = node.args[0]
     return node
-
-
-_COPIES = {"aten._to_copy", "aten.to", "aten.clone", "aten.contiguous", "aten.detach", "aten.alias"}

@@ -86,6 +86,10 @@ class Cuts:
         self.few = math.comb(len(self.places), self.stages - 1) <= _FEW
         self._bounds = [0, *self.places, len(case.tables[0].graph.ops)]
 
+    def exact(self, objective: str) -> bool:
+        """Whether the best ones are the best of all that there are, and not of those with a steady pace."""
+        return self.few or objective == "memory"
+
     @cached_property
     def _grid(self) -> _Grid | None:
         return _grid(self.case, self._bounds, self.chunks, self.limit)
@@ -96,7 +100,7 @@ class Cuts:
             return []
         if not self.enough:
             return None
-        if objective == "time" and self.few:
+        if objective != "memory" and self.few:
             return _best_of_all(self.case, self.places, self.stages, self.limit)
         if self._grid is None:
             return None

@@ -161,23 +161,21 @@ class Planner:
                     break
                 if tell is not None:
                     tell(found, len(queue))
-                if each.alone:
-                    heapq.heappop(queue)
-                    cuts = self._cuts(each.shape)
-                    if self._price(each.shape, found, cuts) and not cuts.few:
-                        found.floor = min(found.floor, each.bound)
-                elif each.place >= 0:
-                    cuts = self._cuts(each.shape)
-                    closer = self._closer(each.shape, cuts, each.bound)
-                    self._replace(queue, each.place + 1)
+                if each.place >= 0:
+                    cuts, closer = self._cuts(each.shape), each.bound
+                    if each.alone:
+                        heapq.heappop(queue)
+                    else:
+                        closer = self._closer(each.shape, cuts, each.bound)
+                        self._replace(queue, each.place + 1)
                     if closer == math.inf:
                         found.small += 1
                         small.append(each.shape)
-                    elif queue and queue[0].bound < closer:
+                    elif not each.alone and queue and queue[0].bound < closer:
                         heapq.heappush(queue, each._replace(bound=closer, alone=True))
                     elif not self._price(each.shape, found, cuts):
                         small.append(each.shape)
-                    elif each.shape.pipeline > 1 and not cuts.few and objective != "memory":
+                    elif not cuts.exact(objective):
                         found.floor = min(found.floor, closer)
                 else:
                     place = 1 + bisect_left(each.family[1:], True, key=self._may_fit)

@@ -12,7 +12,7 @@ from torch import fx
 
 from shardwise.graph import dims
 from shardwise.graph.dims import ONE, Dim, Size
-from shardwise.graph.rules.order import Region, Rows
+from shardwise.graph.rules.order import KnownRows, Region
 
 _NOTHING = Size(0)
 
@@ -127,7 +127,7 @@ class OpContext:
     iota: dict[Slot, int] = field(default_factory=dict)
     independent: set[Slot] = field(default_factory=set)
     constant: set[Slot] = field(default_factory=set)
-    rows: Rows = field(default_factory=Rows)
+    rows: KnownRows = field(default_factory=KnownRows)
     unsummed: dict[tuple[Slot, int], frozenset[Slot]] = field(default_factory=dict)
     linear: tuple[frozenset[Slot], ...] = ()
     size_args: dict[str, Slot] = field(default_factory=dict)

@@ -53,7 +53,7 @@ class Meaning(NamedTuple):
 
 
 @dataclass(eq=False)
-class Rows:
+class KnownRows:
     """What is known of the rows of one operator's tensors.
 
     Attributes:
@@ -100,8 +100,11 @@ class _Touch(NamedTuple):
     own: bool
 
 
-AS_THEY_ARE = {
+COPIES = {
     "aten.clone", "aten.contiguous", "aten._to_copy", "aten.to", "aten.detach", "aten.alias", "aten.lift_fresh_copy",
+}  # fmt: skip
+"""Operators that change neither a number nor its place."""
+AS_THEY_ARE = COPIES | {
     "aten.view", "aten.reshape", "aten._unsafe_view", "aten.unsqueeze", "aten.squeeze", "aten.expand",
 }  # fmt: skip
 """Operators that change no number."""

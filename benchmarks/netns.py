@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 _PORT = 29510
+_BURST = "64kb"
+"""What passes at once after a pause: one packet as the system hands it on. Of more a small message passes whole."""
 
 
 class NoLink(Exception):
@@ -62,7 +64,7 @@ def link(rate: str) -> Iterator[tuple[str, str]]:
             _run(*inside, "ip", "address", "add", f"10.213.7.{number}/24", "dev", "sw0")
             _run(*inside, "ip", "link", "set", "lo", "up")
             _run(*inside, "ip", "link", "set", "sw0", "up")
-            shape = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "100ms")
+            shape = ("root", "tbf", "rate", rate, "burst", _BURST, "latency", "100ms")
             _run(*inside, "tc", "qdisc", "add", "dev", "sw0", *shape)
         yield names
     finally:

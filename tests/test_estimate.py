@@ -188,6 +188,22 @@ def test_what_is_fused_keeps_less(name: str) -> None:
     assert kept[0] >= kept[1] >= kept[2] > 0
 
 
+def test_a_bias_runs_inside_of_its_product_and_keeps_nothing_of_its_own() -> None:
+    graph = graph_of("gpt2")
+    traits = Traits(graph, fused="modules")
+    biased = {op for op in graph.ops if traits.of[op].bias}
+    products = {op for op in graph.ops if traits.kinds[op] == "product"} - set(traits.heads)
+    assert len(biased) == len(products) > 0
+    work = Work(graph, (), saved(graph), traits)
+    assert not any(task.moved or task.calls for task in work.tasks(8) if task.op in biased)
+    # What an activation is of is kept once: it is the product's own output, and no sum next to it.
+    wide = next(op for op in graph.ops if op in biased and op.module.endswith("mlp.c_fc"))
+    act = [op for op in graph.ops if op.module.endswith("h.0.mlp.act")]
+    assert sum(size for op, size in zip(graph.ops, work.kept(8), strict=True) if op in act) == pytest.approx(
+        work.local_bytes(wide.outputs[0], 8)
+    )
+
+
 def test_recompute_keeps_less_and_takes_longer() -> None:
     plain, again = price("llama", Plan()), price("llama", Plan(recompute=("model.layers.*",)))
     assert again.memory["activations"] < 0.7 * plain.memory["activations"]

@@ -75,6 +75,25 @@ def test_a_context_axis_shares_what_is_sharded() -> None:
     assert alone.memory["activations"] == spread.memory["activations"]
 
 
+def test_a_context_axis_shares_the_optimizer_alone_where_zero_does() -> None:
+    axes = (PlanAxis("data", 4, ("batch",)), PlanAxis("context", 4, ("sequence",)))
+    own, shared = (price(Plan(axes, zero=1), besides=Besides(spread=n)).memory for n in (1, 4))
+    assert shared["optimizer"] == pytest.approx(own["optimizer"] / 4)
+    assert shared["gradients"] == own["gradients"] and shared["parameters"] == own["parameters"]
+
+
+def test_a_loss_in_one_operator_keeps_the_scores_alone() -> None:
+    whole, batch = graph("llama"), ZOO["llama"]().global_batch
+    (head,) = pricer().traits.heads
+    scores = head.outputs[0].numel().at(batch)
+    assert head.outputs[0].sizes[-1].coefficient == ZOO["llama"]().model().config.vocab_size
+    two, four = (sum(Work(whole, (), saved(whole), scores=n).kept(batch)) for n in (2.0, 4.0))
+    assert four - two == pytest.approx(2 * scores)
+    work = Work(whole, (), saved(whole), scores=2.0)
+    behind = [op for op in whole.ops if work.traits.of[op].last]
+    assert behind and not any(work.largest(op, batch) for op in behind)
+
+
 def test_fetching_sharded_weights_takes_longer_than_their_bytes() -> None:
     def sent(fetch: float) -> float:
         framework = replace(FSDP, fetch=fetch, overlap_gather=0.0)

@@ -130,13 +130,22 @@ def test_scores_are_those_of_the_definition() -> None:
     ]  # fmt: skip
     prices = {"a": (1.2, 11, 1), "b": (1.0, 9, 1), "c": (4.0, 10, 1), "d": (0.5, 99, 0)}
     keys = ("step_time_s", "peak_mem_GiB", "fits")
-    plans = planned(table, {n: dict(zip(keys, map(str, p), strict=True)) for n, p in prices.items()})
+    lines = [{"config_id": n} | dict(zip(keys, map(str, p), strict=True)) for n, p in prices.items()]
+    plans = planned(table, lines)
     found = score(plans)
     assert found.time == pytest.approx((0.2, 0.44)) and found.memory == pytest.approx(0.1)
     assert found.fit == 1.0 and list(found.regret.values()) == [0.5]
     part = Part("vtrain", False, plans, found)
     assert "| vtrain | others | 3 of 3 | 20.0 (5) | 44.0 (12) | 10.0 |" in text([part], {}, "")
     assert plot([part]).count("<circle") == 4
+
+
+def test_plans_of_one_name_are_scored_by_their_own_prices() -> None:
+    table = [{**ROW, "micro_batch": str(n), "step_time_s": str(n)} for n in (1, 2, 4)]
+    lines = [{"config_id": "one", "step_time_s": str(n), "peak_mem_GiB": "1", "fits": "1"} for n in (1, 2, 4)]
+    assert score(planned(table, lines)).time == (0.0, 0.0)
+    # Where one was refused, nobody knows which.
+    assert score(planned(table, lines[1:])).priced == 0
 
 
 def test_a_third_of_the_cells_is_held_out_whatever_their_order() -> None:

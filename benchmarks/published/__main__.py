@@ -118,7 +118,7 @@ def main() -> int:
         elif not into.exists():
             continue
         with open(into, newline="", encoding="utf-8") as file:
-            found = {line["config_id"]: line for line in csv.DictReader(file)}
+            found = list(csv.DictReader(file))
         reasons[path.stem] = json.loads(known.read_text()) if known.exists() else {}
         held = held_out(row["cell"] for row in read(path))
         plans = planned(rows, found)

@@ -60,6 +60,7 @@ class Shape:
     vocab: int
     length: int
     tied: bool
+    dropout: float = 0.1
 
 
 def job(shape: Shape, batch: int = 8) -> Job:
@@ -90,7 +91,8 @@ def _model(shape: Shape) -> torch.nn.Module:
         return model(config).to(torch.bfloat16)
     config = t.GPT2Config(
         n_embd=shape.hidden, n_layer=shape.layers, n_head=shape.heads, n_inner=shape.ffn, n_positions=shape.length,
-        tie_word_embeddings=True, **common,
+        tie_word_embeddings=True, resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
+        **common,
     )  # fmt: skip
     return t.GPT2LMHeadModel(config).to(torch.bfloat16)
 
@@ -161,9 +163,10 @@ def shape_of(row: Mapping[str, str]) -> Shape:
     size, each = number(row, "params_B") * 1e9, (2 + 2 * kv_heads / heads) * hidden**2 + 3 * hidden * ffn
     rest = size - layers * each
     tied = family == "gpt" or (gated and size > 0 and abs(rest - vocab * hidden) < abs(rest - 2 * vocab * hidden))
-    return Shape(
-        family, layers, hidden, heads, kv_heads, ffn, vocab, int(number(row, "seq_len")) or 2048, tied
-    )  # fmt: skip
+    length = int(number(row, "seq_len")) or 2048
+    # MPT trains without dropout, as its configuration's defaults say.
+    dropout = 0.0 if row["table"] == "foundry" else Shape.dropout
+    return Shape(family, layers, hidden, heads, kv_heads, ffn, vocab, length, tied, dropout)
 
 
 def cluster_of(row: Mapping[str, str]) -> str:
@@ -266,8 +269,11 @@ def shards_of(row: Mapping[str, str]) -> int:
 
 
 def spread_of(row: Mapping[str, str]) -> int:
-    """Over how many times as many ranks as split the batch ZeRO shards: torchtitan's does over a context axis too."""
-    return max(1, int(number(row, "cp", 1))) if row["table"] == "torchtitan" and zero_of(row) == 3 else 1
+    """Over how many times as many ranks as split the batch ZeRO shards: torchtitan's and Megatron Core's do over a
+    context axis too.
+    """
+    both = zero_of(row) and row["table"] in ("torchtitan", "dgxc", "bridge")
+    return max(1, int(number(row, "cp", 1))) if both else 1
 
 
 def ahead_of(row: Mapping[str, str]) -> int:
@@ -392,7 +398,7 @@ def price(row: Mapping[str, str]) -> Estimate:
     micro = int(number(row, "micro_batch")) or 1
     batch = micro * plan.micro_batches * math.prod(a.size for a in plan.axes if a.dims == ("batch",))
     selective, eight = recompute_of(row, shape, graph)[1], EIGHT.search(precision) is not None
-    besides = Besides(selective, shards_of(row), spread_of(row), eight, ahead_of(row))
+    besides = Besides(selective, shards_of(row), spread_of(row), eight, ahead_of(row), zero_of(row))
     pricer, cluster = pricer_of(shape, profile_of(row)), Cluster.load(cluster_of(row))
     found = pricer.price(plan, cluster, batch, besides=besides)
     if plan.zero == 3 and not found.fits and not (row.get("recompute") or row.get("status")):

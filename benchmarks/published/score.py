@@ -71,21 +71,23 @@ def held_out(cells: Iterable[str]) -> set[str]:
     return set(found[: round(len(found) / 3)])
 
 
-def planned(rows: Sequence[Mapping[str, str]], predicted: Mapping[str, Mapping[str, str]]) -> list[Planned]:
+def planned(rows: Sequence[Mapping[str, str]], predicted: Sequence[Mapping[str, str]]) -> list[Planned]:
     """The plans of a table.
 
     Args:
         rows: measured ones; those marked INCONSISTENT are left out.
-        predicted: by the row's config_id.
+        predicted: lines with their rows' config_id, in the order of the rows.
     """
-    groups: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
-    for row in rows:
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, row in enumerate(rows):
         if "INCONSISTENT" not in (row.get("notes") or ""):
-            groups.setdefault(tuple(row.get(key) or "" for key in _CONFIG), []).append(row)
+            groups.setdefault(tuple(row.get(key) or "" for key in _CONFIG), []).append(i)
+    lines = _paired(rows, predicted)
     found = []
-    for group in groups.values():
+    for those in groups.values():
+        group = [rows[i] for i in those]
         first = group[0]
-        prices = [predicted[row["config_id"]] for row in group if row["config_id"] in predicted]
+        prices = [lines[i] for i in those if i in lines]
         ran = [row for row in group if (row.get("status") or "ok") == "ok" and row.get("step_time_s")]
         found.append(
             Planned(
@@ -104,6 +106,19 @@ def planned(rows: Sequence[Mapping[str, str]], predicted: Mapping[str, Mapping[s
             )
         )
     return found
+
+
+def _paired(rows: Sequence[Mapping[str, str]], predicted: Sequence[Mapping[str, str]]) -> dict[int, Mapping[str, str]]:
+    """By a row's number its line: some tables have one config_id for several plans, whose lines follow each other."""
+    named: dict[str, tuple[list[int], list[Mapping[str, str]]]] = {row["config_id"]: ([], []) for row in rows}
+    for i, row in enumerate(rows):
+        named[row["config_id"]][0].append(i)
+    for line in predicted:
+        if line["config_id"] in named:
+            named[line["config_id"]][1].append(line)
+    # Where one of them has no line, nobody knows whose is missing.
+    return {i: line for those, lines in named.values() if len(those) == len(lines)
+            for i, line in zip(those, lines, strict=True)}  # fmt: skip
 
 
 def score(plans: Sequence[Planned]) -> Scores:

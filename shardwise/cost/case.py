@@ -81,7 +81,7 @@ class Case:
         for axis in plan.axes:
             self.data *= axis.size if axis.dims == ("batch",) else 1
         self.shards, self.ahead = min(besides.shards or self.data, self.data), besides.ahead
-        self.spread = besides.spread
+        self.spread, self.zero = besides.spread, plan.zero or besides.zero
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class Case:
         return self.profile.reserve * self._apart(0)
 
     def _shards(self, from_stage: int) -> int:
-        return self.shards * self.spread if self.plan.zero >= from_stage or self.spread > 1 else 1
+        return self.shards * self.spread if self.zero >= from_stage else 1
 
     def in_flight(self, rank: int, stages: int) -> float:
         """Micro-batches whose activations a pipeline rank holds at most, over all its stages."""

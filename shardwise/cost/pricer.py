@@ -156,7 +156,10 @@ class Pricer:
         p = self.profile
 
         def make() -> Work:
-            return Work(self.folded.graph, axes, self.saved, self.traits, balanced=p.balanced, regather=p.regather)
+            return Work(
+                self.folded.graph, axes, self.saved, self.traits, balanced=p.balanced, regather=p.regather,
+                scores=p.scores,
+            )  # fmt: skip
 
         return self._once(("work", tuple(axes)), make)
 

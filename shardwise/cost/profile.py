@@ -20,6 +20,8 @@ class Profile:
         balanced: whether each rank of a context axis has early and late queries, as many keys for each rank.
         passes: how many times as long as their bytes ask for operators bound by memory take.
         loss: the same of those behind the last product; 0 for as long.
+        scores: bytes for each score of the last product that a loss in one operator keeps, and nothing else; 0 for what
+            the model's own operators keep.
         call: seconds of the host for each operator it starts.
         queue: operators that it is ahead of the device at most.
         late: share of the host's time that keeps it from being ahead: in stretches of large operators it gets ahead of
@@ -68,6 +70,7 @@ class Profile:
     balanced: bool = False
     passes: float = 1.0
     loss: float = 0.0
+    scores: float = 0.0
     call: float = 0.0
     queue: float = 0.0
     late: float = 1.0
@@ -110,7 +113,8 @@ class Besides:
         selective: "attention": attention alone is computed again, besides the blocks that the plan names; "products":
             of these blocks attention and every second product are kept.
         shards: how many neighbours of the ranks that split the batch share what ZeRO shards; 0 for all.
-        spread: over how many times as many ranks as split the batch ZeRO-3 shards: those of a context axis too.
+        spread: over how many times as many ranks as split the batch ZeRO shards: those of a context axis too.
+        zero: the stage where the batch is not split, and a context axis alone has the shards.
         fp8: whether products of repeated layers are computed in 8 bits.
         ahead: how many times as many micro-batches as it has ranks a zero-bubble schedule may hold (Qi et al., 2024).
     """
@@ -120,6 +124,7 @@ class Besides:
     spread: int = 1
     fp8: bool = False
     ahead: int = 1
+    zero: int = 0
 
 
 NOTHING = Besides()
@@ -139,9 +144,10 @@ PROFILES = {
             accumulate=14.4, send_gradient=4, state=12, reserve=0.06, outside=1e9,
         ),
         Profile(
-            "megatron-core", fused="all", prepared=True, call=6e-6, weight=2, gradient=4, send_gradient=4, state=12,
-            overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9, overlap_tensor=0.8, contention=0.2,
-            portable=False, balanced=True, stops=True, reserve=0.06, fixed=1e9,
+            "megatron-core", fused="all", prepared=True, passes=2.5, scores=4, call=6e-6, weight=2, gradient=2,
+            accumulate=4, regather=True, send_gradient=2, state=12, overlap_data=0.9, overlap_scatter=0.9,
+            overlap_gather=0.9, overlap_tensor=0.8, contention=0.2, portable=False, balanced=True, stops=True,
+            reserve=0.06, fixed=1e9,
         ),
         Profile(
             "internevo", fused="modules", prepared=True, passes=4.0, call=8e-6, weight=2, gradient=4, accumulate=24,
@@ -158,9 +164,9 @@ PROFILES = {
             balanced=True, stops=True, reserve=0.07, fixed=1e9,
         ),
         Profile(
-            "fsdp", fused="modules", prepared=True, passes=2.0, call=8e-6, weight=4, gradient=4, send_gradient=4,
-            send_weight=2, accumulate=24, state=8, overlap_data=0.9, overlap_scatter=0.9, overlap_gather=0.9,
-            attention=0.6, stops=True, reserve=0.08, fixed=1e9,
+            "fsdp", fused="modules", prepared=True, passes=2.0, scores=2, call=8e-6, weight=4, gradient=4,
+            send_gradient=4, send_weight=2, accumulate=24, state=8, overlap_data=0.9, overlap_scatter=0.9,
+            overlap_gather=0.9, attention=0.6, stops=True, reserve=0.08, fixed=1e9,
         ),
     )
 }  # fmt: skip

@@ -126,9 +126,10 @@ class Rows:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
         made = [work.made(op, samples) for op in work.graph.ops]
+        most = [work.largest(op, samples) for op in work.graph.ops]
         self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
         self.halved = self.meets * (self.kept + self.each(made))
-        self.largest = self.each([2 * size for size in made])
+        self.largest = self.each(most)
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)
         self._gradients = gradients

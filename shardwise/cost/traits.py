@@ -102,8 +102,8 @@ class Traits:
 
     @cached_property
     def _biases(self) -> Collection[Op]:
-        """Additions of a bias that run inside of the product before them; what fuses more has them anyway."""
-        if self.fused != "none":
+        """Additions of a bias that run inside of the product before them; what fuses all has them anyway."""
+        if self.fused == "all":
             return ()
         learned, producer = set(self.graph.params.values()), self.graph.producer
         return {
@@ -128,6 +128,11 @@ class Traits:
         return max(self._levels.values(), default=0) or 1
 
     @cached_property
+    def heads(self) -> Collection[Op]:
+        """The last products, whose scores a loss reads."""
+        return {op for op in self.graph.ops if self.kinds[op] == PRODUCT and self._levels[op] + 1 == self._deepest}
+
+    @cached_property
     def _readers(self) -> Mapping[Value, list[Op]]:
         found: dict[Value, list[Op]] = {}
         for op in self.graph.ops:
@@ -144,7 +149,7 @@ class Traits:
 
     def reaches_memory(self, value: Value, op: Op) -> bool:
         """Whether an operator reads or writes this tensor in memory."""
-        if self.fused == "none" or self.kinds[op] != MEMORY:
+        if self.fused == "none" or self.kinds[op] != MEMORY or op in self._biases:
             return True
         producer = self.graph.producer.get(value)
         if producer is None:

@@ -82,6 +82,7 @@ class Work:
         balanced: whether the queries of each rank are early ones and late ones, so that causal attention takes half of
             the keys however they are split.
         regather: whether of a tensor gathered for an operator the own part is kept, and gathered again in backward.
+        scores: bytes that a loss in one operator keeps of each score; 0 where the graph's operators keep what they do.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class Work:
         *,
         balanced: bool = False,
         regather: bool = False,
+        scores: float = 0.0,
     ) -> None:
         self.graph, self.axes, self.saved = graph, tuple(axes), saved
         self.traits = traits or Traits(graph)
-        self.balanced, self.regather = balanced, regather
+        self.balanced, self.regather, self.scores = balanced, regather, scores
         self.layout = Layout(graph, axes)
         self._tasks: dict[int, list[Task]] = {}
 
@@ -121,6 +123,12 @@ class Work:
     def made(self, op: Op, samples: int) -> float:
         """Bytes of what an operator makes that gradients flow through, on one rank."""
         return sum(self.local_bytes(v, samples) for v in self.traits.of[op].made)
+
+    def largest(self, op: Op, samples: int) -> float:
+        """Bytes of what an operator makes and of its gradient, on one rank; a loss in one operator has but this."""
+        if self.scores and self.traits.of[op].last:
+            return 0.0
+        return self.made(op, samples) * (1 if self.scores and op in self.traits.heads else 2)
 
     # -- tasks -------------------------------------------------------------------------------------------------------
 
@@ -235,6 +243,10 @@ class Work:
             needs = {o.value: self.layout.needs(op, o.slot) for o in op.context.inputs}
             keeps = self.saved[op]
             values, others = keeps.values, [float(size.at(samples)) for size in keeps.others]
+            if self.scores and self.traits.of[op].last:
+                values, others = (), []
+            if self.scores and op in self.traits.heads:
+                total += self.scores * sum(self.local(value, samples) for value in op.outputs)
             share = self.layout.share(op)
             if self.traits.kinds[op] == ATTENTION and attention != "observed":
                 query = op.context.inputs[0].value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,9 @@ def test_scores_are_those_of_the_definition() -> None:
     part = Part("vtrain", False, plans, found)
     assert "| vtrain | others | 3 of 3 | 20.0 (5) | 44.0 (12) | 10.0 |" in text([part], {}, "")
     assert plot([part]).count("<circle") == 4
+    large = replace(plans[0], devices=512)
+    shown = text([Part("ultrascale", False, [*plans, large], score([*plans, large]))], {}, "")
+    assert "| ultrascale | others | 3 of 3 |" in shown and "| ultrascale, 512 devices | others | 1 of 1 |" in shown
 
 
 def test_plans_of_one_name_are_scored_by_their_own_prices() -> None:

@@ -164,7 +164,7 @@ PROFILES = {
             balanced=True, stops=True, reserve=0.07, fixed=1e9,
         ),
         Profile(
-            "fsdp", fused="modules", prepared=True, passes=2.0, scores=2, call=8e-6, weight=4, gradient=4,
+            "fsdp", fused="modules", prepared=True, passes=2.0, loss=0.18, scores=2, call=8e-6, weight=4, gradient=4,
             send_gradient=4, send_weight=2, accumulate=24, state=8, overlap_data=0.9, overlap_scatter=0.9,
             overlap_gather=0.9, attention=0.6, stops=True, reserve=0.08, fixed=1e9,
         ),

@@ -20,8 +20,8 @@ import shardwise.report  # noqa: F401
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shardwise.engine.base import Engine
     from shardwise.engine.engine import parallelize
+    from shardwise.engine.predict import predict
     from shardwise.engine.train import Result, train
     from shardwise.errors import RunError, ShardwiseError, UserError
     from shardwise.graph.graph import Graph
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Cluster": "shardwise.machine.cluster",
-    "Engine": "shardwise.engine.base",
     "Graph": "shardwise.graph.graph",
     "Job": "shardwise.job",
     "Plan": "shardwise.plan.plan",
@@ -47,6 +46,7 @@ _HOMES = {
     "discover": "shardwise.measure.machine",
     "load_spec": "shardwise.job",
     "parallelize": "shardwise.engine.engine",
+    "predict": "shardwise.engine.predict",
     "rule": "shardwise.graph.rules",
     "strategies": "shardwise.search.strategies",
     "train": "shardwise.engine.train",
@@ -55,7 +55,6 @@ _HOMES = {
 
 __all__ = [
     "Cluster",
-    "Engine",
     "Graph",
     "Job",
     "Plan",
@@ -69,6 +68,7 @@ __all__ = [
     "load_spec",
     "parallelize",
     "plan",
+    "predict",
     "report",
     "rule",
     "strategies",

@@ -11,8 +11,8 @@ import pytest
 import shardwise
 
 NAMES = {
-    "Cluster", "Engine", "Graph", "Job", "Plan", "PlanAxis", "Result", "RunError", "ShardwiseError", "UserError",
-    "capture", "discover", "load_spec", "parallelize", "plan", "report", "rule", "strategies", "train", "verify",
+    "Cluster", "Graph", "Job", "Plan", "PlanAxis", "Result", "RunError", "ShardwiseError", "UserError", "capture",
+    "discover", "load_spec", "parallelize", "plan", "predict", "report", "rule", "strategies", "train", "verify",
 }  # fmt: skip
 
 

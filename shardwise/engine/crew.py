@@ -40,10 +40,10 @@ _BOOT = (
 
 @dataclass(frozen=True)
 class Event:
-    """What a rank did: answered an order with these bytes, or died."""
+    """What a rank did: answered an order with these bytes, or with a part of its answer, or died."""
 
     rank: int
-    verb: Literal["result", "error", "idle", "died"]
+    verb: Literal["part", "result", "error", "idle", "died"]
     body: bytes = b""
 
 
@@ -68,6 +68,7 @@ class Crew:
         self.output = _PassThrough(self.logs.file(0))
         try:
             with socket.create_server((_LOOPBACK, 0), backlog=1024) as listener:
+                self.port: int = listener.getsockname()[1]
                 for number in range(world):
                     seat = Seat(
                         rank=number,
@@ -75,7 +76,7 @@ class Crew:
                         backend=backend,
                         threads=threads,
                         collective_timeout=collective_timeout,
-                        port=listener.getsockname()[1],
+                        port=self.port,
                         listener=-1 if number else listener.fileno(),
                         lifeline=self._lifeline[0],
                         output=-1 if number else self.output.inlet,
@@ -206,8 +207,10 @@ class Rank:
         self._line.send(order)
         if order.verb == "run":
             self._line.send_bytes(payload)
-        verb = self._line.recv()
-        self._events.put(Event(self._seat.rank, verb, self._line.recv_bytes()))
+        verb = "part"
+        while verb == "part":
+            verb = self._line.recv()
+            self._events.put(Event(self._seat.rank, verb, self._line.recv_bytes()))
 
     def _start(self, theirs: Connection[Any, Any], log: Path) -> subprocess.Popen[bytes]:
         seat = self._seat

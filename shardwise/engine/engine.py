@@ -18,6 +18,7 @@ from shardwise.engine.optimize import build_optimizer, check_elementwise
 from shardwise.engine.whole import Whole
 from shardwise.errors import CaptureError, JobError, PlanError
 from shardwise.graph import random
+from shardwise.graph.capture import Purpose
 from shardwise.graph.graph import Graph
 from shardwise.job import Batch, Job, lift, lifts
 from shardwise.machine.backend import Backend
@@ -62,7 +63,7 @@ class GraphEngine(Engine):
             dtypes = lifts(dtype)
         self._dtype = dtype
         if graph is None:
-            graph = self._graph(module, training=True)
+            graph = self._graph(module, "train")
         self.graph = graph
         check_fixed_batch(graph, plan)
         if plan.model and plan.model != graph.fingerprint():
@@ -90,11 +91,11 @@ class GraphEngine(Engine):
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
-    def _graph(self, module: nn.Module, *, training: bool) -> Graph:
+    def _graph(self, module: nn.Module, purpose: Purpose) -> Graph:
         example = self.job.batch(range(min(2, self.job.global_batch)))
         if self._dtype is not None:
             example = lift(example, self._dtype)
-        return Graph.of(self.job, module, example, training=training)
+        return Graph.of(self.job, module, example, purpose=purpose)
 
     def _make_optimizer(self, module: nn.Module) -> tuple[Any, Any]:
         if self._whole.cut():
@@ -130,7 +131,7 @@ class GraphEngine(Engine):
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         if self._evaluation is None:
-            graph = self._graph(self._module, training=False)
+            graph = self._graph(self._module, "evaluate")
             self._evaluation = Evaluation(graph, self._reduction, self._whole, self._channels, self._dtype)
         evaluation = self._evaluation
         evaluation.load(self._module)

@@ -8,15 +8,14 @@ from difflib import SequenceMatcher
 import torch
 from torch import Tensor, nn
 
-from shardwise.engine.feed import Feeder, Share
+from shardwise.engine.feed import Share
+from shardwise.engine.forward import Forward
 from shardwise.engine.whole import Whole
 from shardwise.graph.graph import Graph
 from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch
-from shardwise.parallel.pipeline import Pipeline
 from shardwise.parallel.rank import RankModel
 from shardwise.parallel.reduction import Reduction
-from shardwise.parallel.schedule import forward_only
 
 
 class Evaluation:
@@ -42,15 +41,12 @@ class Evaluation:
         check_fixed_batch(graph, split.plan)
         self.split = Split(graph, split.plan, split.mesh, corresponding(split.graph, graph, split.bounds))
         self.model = RankModel.like(training, self.split)
-        self.feeder = Feeder(self.split, training.device, dtype)
         self._training, self._reduction, self._whole = training, reduction, whole
         self._apart = sorted(n for n in graph.params if not _kept_alike(split, self.split, n))
         self._own = self.model.used
         if split.plan.zero == 3:
             self.model.gather_buckets(reduction.buckets, but=self._apart)
-        order = forward_only(self.split.mine, split.plan.micro_batches)
-        results = tuple(graph.results)
-        self._pipeline = Pipeline(self.model.stages(), split.plan.stages, order, channels, results=results)
+        self._forward = Forward(self.model, channels, dtype)
 
     def load(self, module: nn.Module) -> None:
         """Take the parameters and buffers as they are now; called on every rank."""
@@ -76,8 +72,7 @@ class Evaluation:
     def run(self, share: Share, key: int) -> tuple[float, float]:
         """The mean loss of a batch, and its weight: the count that the job's loss gives, or else the samples."""
         with torch.no_grad():
-            micro = self.model.start(self.feeder.tensors(share), share.total, key)
-            results = self.model.total(self._pipeline.step(micro))
+            results = self.model.total(self._forward.sums(share, key))
         loss, *count = results.tolist()
         return loss, count[0] if count else float(share.total)
 

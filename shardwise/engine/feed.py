@@ -50,7 +50,7 @@ class Feeder:
             PlanError: the batch is too small to be cut as the plan says.
         """
         total = batch_size(batch)
-        self._check(total)
+        self.check(total)
         micros = self.split.micros(total)
         graph = self.split.graph
         names = iter(graph.captured.inputs)
@@ -71,7 +71,12 @@ class Feeder:
         """The tensors of a share, by the captured graph's names."""
         return dict(zip(self.split.graph.captured.inputs, batch_tensors(share.batch), strict=True))
 
-    def _check(self, total: int) -> None:
+    def check(self, total: int) -> None:
+        """Check that a batch of so many samples can be cut.
+
+        Raises:
+            PlanError: it is too small to be cut as the plan says, or the model fixes another number.
+        """
         check_parts(self.split.plan, total)
         fixed = self.split.graph.captured.fixed_batch
         if fixed is not None and total != fixed:

@@ -91,6 +91,7 @@ class Ranks:
             self.world, self.backend, self.threads, log_dir, collective_timeout, environment=_environment_of
         )
         self._end = weakref.finalize(self, self._crew.end)
+        self._collective_timeout = timedelta(seconds=collective_timeout)
         self._lock = threading.Lock()
         self._tasks = 0
         self._unusable = ""
@@ -119,6 +120,25 @@ class Ranks:
             ShardwiseError, RunError: as `run_ranks`; RunError too where the ranks ended earlier.
             LaunchError: the function or its arguments cannot be sent.
         """
+        results: list[T] = []
+        for _ in self._turn(target, args, timeout, results):
+            pass
+        return results
+
+    def stream(self, target: Callable[..., Iterator[T]], *args: Any, timeout: float | None = None) -> Iterator[T]:
+        """Runs the generator `target(*args)` on every rank, and yields what any of them yields as it comes.
+
+        To be closed, where it is not read to its end, before these ranks are.
+
+        Raises:
+            ShardwiseError, RunError, LaunchError: as `run`.
+        """
+        yield from self._turn(target, args, timeout, [])
+
+    def _turn(
+        self, target: Callable[..., Any], args: tuple[Any, ...], timeout: float | None, results: list[Any]
+    ) -> Iterator[Any]:
+        """Yields what generators yield on the ranks, and puts what functions return into `results`."""
         name = getattr(target, "__qualname__", type(target).__name__)
         payload = _payload(name, target, args)
         with self._lock:
@@ -128,7 +148,7 @@ class Ranks:
             turn = Turn(self._crew, name, timeout)
             try:
                 turn.send(Order("run", self._tasks, tuple(sys.path), tuple(sys.argv)), payload)
-                turn.collect()
+                yield from turn.collect()
                 error = turn.verdict()
             except BaseException:  # above all KeyboardInterrupt
                 self._break_up(f"for {name} was interrupted on them")
@@ -138,7 +158,12 @@ class Ranks:
             self._crew.output.drain()
         if error is not None:
             raise error
-        return turn.results()
+        results += turn.results()
+
+    def store(self, name: str) -> dist.Store:
+        """What `claims.shared_store` of this name is on the ranks, for this process; they must be running."""
+        client = dist.TCPStore("127.0.0.1", self._crew.port, None, False, self._collective_timeout)
+        return dist.PrefixStore(f"shardwise/{name}", client)
 
     def close(self) -> None:
         """Ends the ranks. They end as well when the object or this process goes away."""

@@ -23,8 +23,9 @@ from torch.utils.data import IterableDataset, default_collate
 
 from shardwise.engine.launch import Place, joined, launched, run_ranks
 from shardwise.engine.progress import Progress, Run, counted, median
+from shardwise.engine.sent import Sent
 from shardwise.errors import JobError, LaunchError, PlanError, RunError
-from shardwise.job import Batch, Job, digest, load_spec, seeded
+from shardwise.job import Batch, Job, digest, seeded
 from shardwise.machine.backend import Backend, cores
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
@@ -129,10 +130,9 @@ def train(
         with joined(threads=threads) as place:
             plan = plan or data_plan(place.world, job)
             return _train_here(job, plan, steps, Progress(steps, enabled=progress and place.rank == 0), save, place)
-    plan = _fitting(plan, ranks, job)
+    plan = fitting(plan, ranks, job)
     _check_data(job)
-    settings = {key: getattr(job, key) for key in ("global_batch", "precision", "clip_norm", "seed", "name")}
-    task = _Task(None if spec else job, spec, settings, plan, steps, save, progress, sys.stdout.isatty())
+    task = _Task(Sent.of(job, spec), plan, steps, save, progress, sys.stdout.isatty())
     return run_ranks(_rank, task, ranks=plan.ranks, threads=threads, log_dir=log_dir)[0]
 
 
@@ -142,7 +142,12 @@ def data_plan(ranks: int, job: Job) -> Plan:
     return Plan(axes=axes, precision=job.precision)
 
 
-def _fitting(plan: Plan | None, ranks: int | None, job: Job) -> Plan:
+def fitting(plan: Plan | None, ranks: int | None, job: Job) -> Plan:
+    """The plan for so many local ranks; without one, that of the batch alone over those asked for or at hand.
+
+    Raises:
+        PlanError: the plan is for another number of ranks.
+    """
     if plan is None:
         backend = Backend.detect(ranks or 1)
         return data_plan(ranks or (torch.cuda.device_count() if backend.device_type == "cuda" else cores()), job)
@@ -161,27 +166,18 @@ def _fitting(plan: Plan | None, ranks: int | None, job: Job) -> Plan:
 class _Task:
     """What a local rank is told."""
 
-    job: Job | None
-    spec: str | None
-    settings: dict[str, Any]
+    job: Sent
     plan: Plan
     steps: int
     save: Path | None
     progress: bool
     terminal: bool
 
-    def loaded(self) -> Job:
-        """The job, read from the SPEC where there is one, with the settings that the caller may have changed."""
-        if self.spec is None:
-            assert self.job is not None
-            return self.job
-        return load_spec(self.spec).with_(**self.settings)
-
 
 def _rank(task: _Task) -> Result:
     with joined() as place:
         progress = Progress(task.steps, enabled=task.progress and place.rank == 0, terminal=task.terminal)
-        return _train_here(task.loaded(), task.plan, task.steps, progress, task.save, place)
+        return _train_here(task.job.loaded(), task.plan, task.steps, progress, task.save, place)
 
 
 def _train_here(job: Job, plan: Plan, steps: int, progress: Progress, save: Path | None, place: Place) -> Result:
@@ -201,7 +197,7 @@ def train_engine(job: Job, plan: Plan, steps: int, progress: Progress, place: Pl
     engine = parallelize(job, plan)
     data = batches(job)
     first = next(data)
-    _check_alike(first, place)
+    check_alike(first, place)
     run = run_steps(engine, itertools.chain([first], data), steps, place.backend, progress)
     result = Result(
         name=job.title(),
@@ -231,7 +227,7 @@ def _check_batch(job: Job, plan: Plan) -> None:
         )
 
 
-def _check_alike(batch: Batch, place: Place) -> None:
+def check_alike(batch: Batch, place: Place) -> None:
     """Check that all ranks have read the same batch.
 
     Raises:

@@ -7,7 +7,7 @@ import math
 import pickle
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class Turn:
         for rank in self._crew.ranks:
             rank.tell(order, payload)
 
-    def collect(self) -> None:
-        """Takes events until every rank has answered, one died, or time is up."""
+    def collect(self) -> Iterator[Any]:
+        """Takes events until every rank has answered, one died, or time is up. Yields parts of answers as they come."""
         limit = self._deadline
         hang_up = math.inf
         while self._pending:
@@ -63,6 +63,9 @@ class Turn:
             if event is None:
                 self._release()
                 hang_up = math.inf
+                continue
+            if event.verb == "part":
+                yield pickle.loads(event.body)
                 continue
             self._take(event)
             if event.verb == "died":
@@ -74,6 +77,8 @@ class Turn:
                 hang_up = time.monotonic() + _LINGER
 
     def _take(self, event: Event) -> None:
+        if event.verb == "part":  # of a rank whose answer is not waited for any more
+            return
         self._idle.discard(event.rank)
         if event.verb == "idle":
             self._idle.add(event.rank)

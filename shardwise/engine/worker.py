@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -99,7 +99,10 @@ class _Worker:
         self._store: dist.TCPStore | None = None
 
     def serve(self) -> None:
-        """Answers each order, `run` with ("result" or "error", bytes) and `release` with ("idle", b"")."""
+        """Answers each order, `run` with ("result" or "error", bytes) and `release` with ("idle", b"").
+
+        What a generator yields goes to the parent at once, as ("part", bytes) before the answer.
+        """
         while (order := self._next()).verb != "end":
             if order.verb == "run":
                 verb, body = self._run(order, self._parent.recv_bytes())
@@ -109,10 +112,13 @@ class _Worker:
                 self._seat.backend.synchronize()  # a device that no longer answers ends this rank here
             sys.stdout.flush()
             sys.stderr.flush()
-            self._parent.send(verb)
-            self._parent.send_bytes(body)
+            self._send(verb, body)
             del body
         self._leave()
+
+    def _send(self, verb: str, body: bytes) -> None:
+        self._parent.send(verb)
+        self._parent.send_bytes(body)
 
     def _next(self) -> Order:
         try:
@@ -129,7 +135,12 @@ class _Worker:
             torch.set_num_threads(self._seat.threads)
             self._join(order.task)
             target, args = pickle.loads(body)
-            return "result", _pack_result(target(*args), self._seat.rank)
+            found = target(*args)
+            if isinstance(found, Generator):
+                for part in found:
+                    self._send("part", _pack_result(part, self._seat.rank))
+                found = None
+            return "result", _pack_result(found, self._seat.rank)
         except BaseException as error:
             traceback.print_exc()
             return "error", pickle.dumps(_failure(error))

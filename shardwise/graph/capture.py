@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,11 +23,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from shardwise.errors import CaptureError, JobError
 from shardwise.graph.no_grad import detach_inputs
 from shardwise.graph.normalize import CHANGED, normalize
+from shardwise.graph.output import OutputModule
 from shardwise.graph.rules import RULES, operator_name
 from shardwise.graph.unfold import Event, Stack, deepest, run, unfold, unfolded
 from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
 
 M = TypeVar("M", bound=nn.Module)
+Purpose = Literal["train", "evaluate", "predict"]
+"""What a graph is for: the loss with dropout and gradients; the loss without; or the model's own output without."""
 
 
 class LossModule(nn.Module):
@@ -101,21 +104,25 @@ def mean_loss(loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batc
     return found.reshape(()), number
 
 
+Wrapper = LossModule | OutputModule
+
+
 @dataclass(frozen=True, eq=False)
 class Captured:
     """The captured graph: an fx graph whose placeholders are parameters, buffers, constants and batch tensors.
 
     Attributes:
-        graph: nodes in execution order; the output is the loss, then the new values of changed buffers.
+        graph: nodes in execution order; the output is the results, then the new values of changed buffers.
         params: placeholder name to the parameter's name in the user's module (tied names resolved to one).
         buffers: placeholder name to buffer name.
         constants: placeholder name to tensor.
         inputs: placeholder names of the batch tensors, in the order of `batch_tensors`.
         updates: names of the buffers that the graph's last outputs replace.
         tied: parameter name to the name of the parameter that it is the same tensor as.
-        counted: whether the output after the loss is the number of items that the loss is a mean over.
+        results: what the graph is run for, in the order of its output: `loss`, then `count` where the number of items is
+            given that it is a mean over; or the tensors of the model's own output.
         batch_symbols: names of the symbols that stand for the number of samples; empty where the model fixes it.
-        example: the batch that was used, for its structure.
+        form: of the model's own output, where the graph is for prediction; see `output.taken_apart`.
     """
 
     graph: fx.Graph
@@ -125,21 +132,22 @@ class Captured:
     inputs: list[str]
     updates: list[str]
     tied: dict[str, str]
-    counted: bool
+    results: tuple[str, ...]
     batch_symbols: frozenset[str]
     fixed_batch: int | None
+    form: Any = None
 
 
 def capture(
-    job: Job, module: nn.Module | None = None, batch: Batch | None = None, *, training: bool = True
+    job: Job, module: nn.Module | None = None, batch: Batch | None = None, *, purpose: Purpose = "train"
 ) -> Captured:
-    """Capture a job's model and loss.
+    """Capture a job's model and loss, or the model alone.
 
     Args:
         job: what to capture.
         module: the module, if it has been built; None builds it without allocating its weights.
         batch: a batch for its shapes; None takes the job's first samples.
-        training: capture the model as it trains, or as it is evaluated; it is left in training either way.
+        purpose: what the graph is for; the model is left in training either way.
 
     Raises:
         CaptureError: the model has control flow that depends on data, or another thing that does not export.
@@ -162,19 +170,24 @@ def capture(
 
     with mode or nullcontext():
         tensors = tuple(batch_tensors(map_batch(batch, shaped_as)))
-        wrapper = LossModule(module, job, batch).train(training)
+        wrapper = _wrapper(module, job, batch, purpose).train(purpose == "train")
     try:
         captured = _captured(wrapper, tensors, samples, mode)
     except CaptureError as error:
         if error.__cause__ is not None:  # torch's: it may not even run
             # In the job's own dtype, which the batch that was given may not have.
-            _check_that_it_runs(job, job.batch(range(min(2, job.global_batch))))
+            _check_that_it_runs(job, job.batch(range(min(2, job.global_batch))), purpose)
         raise
     wrapper.train()
-    return replace(captured, tied=_tied(module))
+    form = wrapper.form if isinstance(wrapper, OutputModule) else None
+    return replace(captured, tied=_tied(module), form=form)
 
 
-def _captured(wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None) -> Captured:
+def _wrapper(module: nn.Module, job: Job, batch: Batch, purpose: Purpose) -> Wrapper:
+    return OutputModule(module, caller(module), batch) if purpose == "predict" else LossModule(module, job, batch)
+
+
+def _captured(wrapper: Wrapper, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None) -> Captured:
     """Capture by a few of the layers that are alike, where that is the same, or else as a whole."""
     stack = deepest(wrapper.module)
     short = _by_a_few(wrapper, tensors, samples, mode, stack) if stack is not None else None
@@ -186,7 +199,7 @@ def _captured(wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int, mo
 
 
 def _by_a_few(
-    wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None, stack: Stack
+    wrapper: Wrapper, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None, stack: Stack
 ) -> Captured | None:
     try:
         with stack.short():
@@ -198,7 +211,7 @@ def _by_a_few(
     return unfold(short, stack, wrapper.module) if alike else None
 
 
-def _runs(wrapper: LossModule, tensors: tuple[Tensor, ...], mode: FakeTensorMode | None) -> list[Event]:
+def _runs(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode | None) -> list[Event]:
     """What the model runs, on tensors without data."""
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -212,7 +225,7 @@ def _runs(wrapper: LossModule, tensors: tuple[Tensor, ...], mode: FakeTensorMode
 _SMALL = 500_000_000  # parameters of a model that is run once to see whether it runs at all
 
 
-def _check_that_it_runs(job: Job, batch: Batch) -> None:
+def _check_that_it_runs(job: Job, batch: Batch, purpose: Purpose) -> None:
     """Tell a model that does not capture from one that does not run.
 
     Raises:
@@ -222,7 +235,7 @@ def _check_that_it_runs(job: Job, batch: Batch) -> None:
         return
     try:
         with torch.no_grad():
-            LossModule(job.build(), job, batch)(*batch_tensors(batch))
+            _wrapper(job.build(), job, batch, purpose)(*batch_tensors(batch))
     except Exception as error:
         told = f"{type(error).__name__}: {_line(error)}"
         raise JobError(
@@ -254,7 +267,7 @@ def _on_cpu(module: M, mode: FakeTensorMode) -> M:
     return copy.deepcopy(module, fakes)
 
 
-def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram:
+def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...]) -> ExportedProgram:
     shapes = (tuple({0: Dim.AUTO} if t.ndim else None for t in tensors),)
     try:
         with warnings.catch_warnings(), without_logs():
@@ -273,7 +286,7 @@ def _export(wrapper: LossModule, tensors: tuple[Tensor, ...]) -> ExportedProgram
         raise _does_not_capture(wrapper, error) from error
 
 
-def _does_not_capture(wrapper: LossModule, error: Exception) -> CaptureError:
+def _does_not_capture(wrapper: Wrapper, error: Exception) -> CaptureError:
     return CaptureError(
         f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {_line(error)}; "
         "it can still be split by data (data, sharded), and by layers where it is a Sequential"
@@ -304,7 +317,7 @@ def without_logs() -> Iterator[None]:
         logging.disable(before)
 
 
-def _collect(exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tensor, ...], samples: int) -> Captured:
+def _collect(exported: ExportedProgram, wrapper: Wrapper, tensors: tuple[Tensor, ...], samples: int) -> Captured:
     graph = exported.graph
     params, buffers, constants, inputs = {}, {}, {}, []
     for spec in exported.graph_signature.input_specs:
@@ -346,7 +359,7 @@ def _collect(exported: ExportedProgram, wrapper: LossModule, tensors: tuple[Tens
         inputs=inputs,
         updates=updates,
         tied=tied,
-        counted=results > 1,
+        results=_names(wrapper, results),
         batch_symbols=symbols,
         fixed_batch=None if symbols else samples,
     )
@@ -364,6 +377,12 @@ def _results_first(graph: fx.Graph, updates: int) -> None:
     output = graph.output_node()
     outs = list(output.args[0])  # type: ignore[arg-type]
     output.args = (tuple(outs[updates:] + outs[:updates]),)
+
+
+def _names(wrapper: Wrapper, results: int) -> tuple[str, ...]:
+    if isinstance(wrapper, OutputModule):
+        return tuple(f"output {i}" for i in range(results))
+    return ("loss", "count")[:results]
 
 
 def _only_results(graph: fx.Graph, results: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from shardwise.graph.capture import Captured, capture, is_getitem
+from shardwise.graph.capture import Captured, Purpose, capture, is_getitem
 from shardwise.graph.dims import BATCH, ONE, Dim, Size
 from shardwise.graph.garbage import uncollected
 from shardwise.graph.rewrite import arguments
@@ -95,17 +95,17 @@ class Graph:
     @classmethod
     @uncollected()
     def of(
-        cls, job: Job, module: nn.Module | None = None, batch: Batch | None = None, *, training: bool = True
+        cls, job: Job, module: nn.Module | None = None, batch: Batch | None = None, *, purpose: Purpose = "train"
     ) -> Graph:
-        """Capture a job and find its dims; with `training` off as it is evaluated, where nothing has a gradient.
+        """Capture a job and find its dims; where it is not to be trained, nothing has a gradient.
 
         Raises:
             CaptureError: the model does not capture.
         """
         module = module if module is not None else job.build("meta")
         named = module.named_parameters(remove_duplicate=False)
-        trainable = frozenset(n for n, p in named if p.requires_grad and training)
-        return cls(capture(job, module, batch, training=training), trainable)
+        trainable = frozenset(n for n, p in named if p.requires_grad and purpose == "train")
+        return cls(capture(job, module, batch, purpose=purpose), trainable)
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -152,10 +152,10 @@ class Graph:
 
     @cached_property
     def results(self) -> Mapping[str, Value]:
-        """What a run is for: `loss`, and `count` where the graph gives the number of items that it is a mean over."""
+        """What a run is for, by name; see `Captured.results`."""
         outs: Any = self.captured.graph.output_node().args[0]
         found = {}
-        for name, node in zip(("loss", "count") if self.captured.counted else ("loss",), outs, strict=False):
+        for name, node in zip(self.captured.results, outs, strict=False):
             value = self.value(node)
             assert value is not None
             found[name] = value

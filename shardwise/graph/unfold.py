@@ -173,6 +173,10 @@ class _Recorder(TorchDispatchMode):
         self.events.append(Event((func, form, literals, shapes), reads))
         return out
 
+    def note_output(self, results: Sequence[Tensor]) -> None:
+        """What the model returns is the last event: one that returns what its layers make returns more of a whole model."""
+        self.events.append(Event("output", tuple(self._known.get(id(x), str(tuple(x.shape))) for x in results)))
+
 
 def run(module: nn.Module, model: nn.Module, tensors: Sequence[Tensor]) -> list[Event]:
     """What a module runs when it is called; `model` is the part of it whose weights go by their names."""
@@ -180,7 +184,8 @@ def run(module: nn.Module, model: nn.Module, tensors: Sequence[Tensor]) -> list[
     known |= {id(x): Weight(name) for named in (model.named_parameters(), model.named_buffers()) for name, x in named}
     recorder = _Recorder(known)
     with torch.no_grad(), recorder:
-        module(*tensors)
+        results = module(*tensors)
+    recorder.note_output([x for x in tree_flatten(results)[0] if isinstance(x, Tensor)])
     return recorder.events
 
 

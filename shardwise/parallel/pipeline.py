@@ -6,7 +6,7 @@ between. What depends on the batch alone is computed where it is needed and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ class Pipeline:
         order: this rank's actions.
         channels: to the ranks of the other stages.
         before_last: called before the last backward of each stage, so that gradient reduction can start.
-        results: what the last stage gives of each micro-batch, to be summed over them; the first is the loss.
+        results: what `step` sums over micro-batches of what the last stage gives; the first is the loss.
     """
 
     stages: Sequence[Stage]
@@ -100,18 +100,27 @@ class Pipeline:
         Returns:
             [results], float64: sums of what this rank computed of each; zero where the last stage is elsewhere.
         """
+        total = torch.zeros(len(self.results), dtype=torch.float64, device=self.channels.device)
+
+        def add(m: int, outputs: Mapping[str, Tensor]) -> None:
+            total.add_(torch.stack([outputs[name].detach().to(total.dtype) for name in self.results]))
+
+        self.play(micro, add)
+        return total
+
+    def play(self, micro: int, finished: Callable[[int, Mapping[str, Tensor]], None]) -> None:
+        """All actions over all micro-batches; `finished` is called with what the last stage gives of each."""
         passes: dict[tuple[int, int], _Pass] = {}
         by_index = {stage.index: stage for stage in self.stages}
         left = dict.fromkeys(by_index, micro)
         training = torch.is_grad_enabled()
-        total = torch.zeros(len(self.results), dtype=torch.float64, device=self.channels.device)
         for at, (index, kind, m) in enumerate(self.order):
             self._expect(self.order[at : at + _AHEAD], by_index)
             stage = by_index[index]
             if kind == "F":
                 done = self._forward(stage, m)
                 if index == self.count - 1:
-                    total += torch.stack([done.outputs[name].detach().to(total.dtype) for name in self.results])
+                    finished(m, done.outputs)
                 if training:
                     passes[index, m] = done
                 continue
@@ -126,7 +135,6 @@ class Pipeline:
                 done.tape.play(done.roots, done.grads)
         for key in list(self._sent):
             self._arrived(key)
-        return total
 
     # -- one action --------------------------------------------------------------------------------------------------
 

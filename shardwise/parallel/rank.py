@@ -106,6 +106,12 @@ class RankModel:
                 self.buffers[name] = buffer.detach().to(self.device).clone()
         self.bind()
 
+    def share(self, other: RankModel) -> None:
+        """Take the parameters and buffers of a model that is split alike."""
+        self.params = {name: other.params[name] for name in self.used}
+        self.buffers = {name: other.buffers[name] for name in self.used_buffers}
+        self.bind()
+
     def bind(self) -> None:
         """Give the programs this rank's parameters and buffers."""
         for program in [*self.programs.values(), *self.preludes]:
@@ -170,9 +176,25 @@ class RankModel:
         return self._emitter(given).build(ops, outputs)
 
     def _result_states(self, value: Value) -> States:
-        """How the last stage leaves a result: its sums are made by `total`, for nothing waits for them before."""
+        """How the last stage leaves a result.
+
+        Of a loss the sums are made by `total`, for nothing waits for them before. An output is whole, but for what each
+        micro-batch has of it.
+        """
         states = zip(self.split.layout.states[value], self.split.axes, strict=True)
+        if self.split.graph.captured.form is not None:
+            return tuple(state if axis is None else WHOLE for state, axis in states)
         return tuple(PARTIAL if axis is None or state == PARTIAL else WHOLE for state, axis in states)
+
+    def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        """A result of the whole step from what the last stage gave of each micro-batch."""
+        value = self.split.graph.results[name]
+        states = self._result_states(value)
+        if len(parts) == 1 or not self.split.timed or states[0] == WHOLE:
+            return parts[0]
+        early = Early(value, states[0] if isinstance(states[0], Cut) else None)
+        leads = [self._early_lead(early, m) for m in range(len(parts))]
+        return combine(early, parts, leads, [micro.samples for micro in self._micros])
 
     @cached_property
     def result_sums(self) -> list[tuple[Axis, list[int]]]:

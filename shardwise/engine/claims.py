@@ -1,0 +1,103 @@
+"""Claims: which chunk a replica computes next. One that is free takes the next that nobody has, so a slow one takes less.
+
+A counter in the launch's store is the queue. The first rank of a replica claims and tells the others through the same
+store: nobody waits in a collective for a chunk, and the stages of a pipeline work on different chunks at once.
+
+At most `window` chunks are computed ahead of the last one that the caller has taken; who claims another waits. So what
+is kept for the caller is bounded, however slow it is.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from shardwise.engine.prediction import Replica
+
+_PAUSE = 0.001  # seconds between looks whether there is room
+FOREVER = timedelta(days=365)  # nothing but the end of a rank, which others notice, keeps a claim from being told
+_CLAIMED, _STOPPED = "claimed", "stopped"
+
+
+class Claims:
+    """This rank's view of who computes what.
+
+    Args:
+        store: seen by all ranks and by nobody else.
+        replica: this rank's.
+        rank: this rank.
+        window: chunks that may be computed before the first of them is taken.
+    """
+
+    def __init__(self, store: dist.Store, replica: Replica, rank: int, window: int) -> None:
+        self.window = window
+        self._store, self._replica, self._rank = store, replica, rank
+        self._told = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank claims for its replica."""
+        return self._rank == self._replica.ranks[0]
+
+    def next(self) -> int:
+        """The chunk that this rank is to compute next; called on every rank of a replica. -1 where all is stopped."""
+        if not self.leads:
+            key = f"told/{self._rank}/{self._told}"
+            self._told += 1
+            self._store.wait([key], FOREVER)
+            chunk = int(self._store.get(key))
+            self._store.delete_key(key)
+            return chunk
+        chunk = self.claim()
+        if not self._await_room(chunk):
+            self.void(chunk)
+            chunk = -1
+        self.tell(chunk)
+        return chunk
+
+    def claim(self) -> int:
+        """The next chunk that nobody has; on the first rank of a replica."""
+        return int(self._store.add(_CLAIMED, 1)) - 1
+
+    def tell(self, chunk: int) -> None:
+        """Tell the others of this replica what to compute; -1 for nothing more."""
+        for rank in self._replica.ranks[1:]:
+            self._store.set(f"told/{rank}/{self._told}", str(chunk))
+        self._told += 1
+
+    def void(self, chunk: int) -> None:
+        """Say that nobody computes a chunk that this replica claimed."""
+        self._store.set(f"note/{chunk}", "")
+
+    def _await_room(self, chunk: int) -> bool:
+        """Wait until a chunk is no more than the window ahead; False where all is stopped."""
+        before = f"taken/{chunk - self.window}"
+        while not self._store.check([_STOPPED]):
+            if chunk < self.window:
+                return True
+            if self._store.check([before]):
+                self._store.delete_key(before)
+                return True
+            time.sleep(_PAUSE)
+        return False
+
+
+def take(store: dist.Store, chunk: int) -> None:
+    """Note that the caller has a chunk, so that another may be computed."""
+    store.set(f"taken/{chunk}", "")
+
+
+def stop(store: dist.Store) -> int:
+    """Let nobody compute what is not claimed yet. Returns how many chunks are."""
+    store.set(_STOPPED, "")
+    return int(store.add(_CLAIMED, 0))
+
+
+def shared_store(name: str) -> dist.Store:
+    """The store of this process group's launch, for keys of its own under a name that all ranks agree on."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return dist.PrefixStore(f"shardwise/{name}", store)

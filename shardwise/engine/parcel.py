@@ -1,0 +1,83 @@
+"""Parcels: tensors on their way from a rank to the process that started it, in memory that both see. Nothing is copied there.
+
+The memory has no name in any file system: it is gone with the last process that has it, however these end.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardwise.errors import RunError
+
+_ALIGNED = 64  # bytes; a tensor starts at a multiple of it
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Where tensors lie.
+
+    Attributes:
+        process, descriptor: whose memory it is, and its number there.
+        size: bytes.
+        places: of each tensor where it starts, its shape and its dtype.
+    """
+
+    process: int
+    descriptor: int
+    size: int
+    places: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+
+
+def pack(tensors: Sequence[Tensor]) -> Parcel:
+    """Copy tensors to memory that another process of the same user can open, until `discard`.
+
+    Raises:
+        RunError: there is not enough memory.
+    """
+    places, size = [], 0
+    for tensor in tensors:
+        places.append((size, tuple(tensor.shape), tensor.dtype))
+        size += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
+    size = max(size, 1)
+    try:
+        descriptor = os.memfd_create("shardwise-outputs")
+        os.ftruncate(descriptor, size)
+        with mmap.mmap(descriptor, size) as memory:
+            parcel = Parcel(os.getpid(), descriptor, size, tuple(places))
+            for view, tensor in zip(_views(parcel, memory), tensors, strict=True):
+                view.copy_(tensor)
+            del view
+    except OSError as error:
+        raise RunError(f"{size / 1e9:.2f} GB of outputs cannot be kept: {error.strerror}; give a smaller global_batch") from error
+    return parcel
+
+
+def discard(parcel: Parcel) -> None:
+    """Let go of memory that this process packed."""
+    os.close(parcel.descriptor)
+
+
+def unpack(parcel: Parcel) -> list[Tensor]:
+    """The tensors of a parcel; its memory is kept for as long as one of them is."""
+    descriptor = os.open(f"/proc/{parcel.process}/fd/{parcel.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        memory = mmap.mmap(descriptor, parcel.size)
+    finally:
+        os.close(descriptor)
+    return _views(parcel, memory)
+
+
+def _views(parcel: Parcel, memory: mmap.mmap) -> list[Tensor]:
+    found = []
+    for start, shape, dtype in parcel.places:
+        count = torch.Size(shape).numel()
+        # torch takes no part of a buffer that is empty.
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        found.append(flat.view(shape))
+    return found

@@ -1,0 +1,159 @@
+"""Predict: a job's model over a dataset, on local ranks or a launch's ranks; its outputs in the order of the samples."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shardwise.engine import collect
+from shardwise.engine.chunks import Chunks
+from shardwise.engine.claims import Claims, shared_store, take
+from shardwise.engine.launch import Place, Ranks, joined, launched
+from shardwise.engine.parcel import Parcel, discard, pack, unpack
+from shardwise.engine.sent import Sent
+from shardwise.engine.train import data_plan, fitting
+from shardwise.engine.work import Work
+from shardwise.graph.output import put_together
+from shardwise.job import Job
+from shardwise.plan.plan import Plan
+
+_AHEAD = 2
+"""Chunks that each rank may have computed before the caller takes the first of them."""
+
+
+def predict(
+    job: Job,
+    data: Dataset[Any] | None = None,
+    plan: Plan | None = None,
+    *,
+    ranks: int | None = None,
+    dtype: torch.dtype | None = None,
+    spec: str | None = None,
+    log_dir: Path | None = None,
+    threads: int | None = None,
+) -> Iterator[Any]:
+    """The outputs of a job's model over a dataset, chunk by chunk, in the order of the samples, each sample once.
+
+    A chunk is the next `job.global_batch` samples, the last one what is left. Its output is what the model returns for
+    it in evaluation mode without gradients, in the model's own structure: tensors are on the CPU, and what is neither
+    tensor, number nor string in a container of these, such as a cache of keys and values, is None.
+
+    Axes of the plan that split the batch make replicas. One that is free takes the next whole chunk, so a slow rank
+    takes less, and a chunk meets the model as on one device whatever couples its samples. The other axes split the model
+    within a replica.
+
+    Runs on local ranks that it starts, which end with the iterator: read it to its end, close it, or let go of it.
+    Under torchrun it runs on the ranks of that launch: every rank has to iterate, rank 0 gets the outputs and the others
+    get none.
+
+    Args:
+        job: its model, `global_batch`, `precision`, `seed` and `collate`; loss and optimizer are not looked at.
+        data: the samples; None means the job's own.
+        plan: how to split; None makes a replica of each of `ranks`.
+        ranks: how many local ranks to start; None means those of the plan, or one for each device or core.
+        dtype: runs everything in this dtype (float64 for proofs); None leaves the model's own.
+        spec: where given, each rank loads the job from this SPEC instead of receiving it from this process.
+        log_dir: gets a log per rank; None means a temporary directory that is kept only on failure.
+        threads: of each rank; None means the cores divided by the ranks of this machine.
+
+    Raises:
+        UserError: the plan does not fit the ranks, the model or the chunks.
+        RunError: a rank failed.
+    """
+    given = data if data is not None else job.data
+    if launched() or dist.is_initialized():
+        with joined(threads=threads) as place:
+            plan = plan or data_plan(place.world, job)
+            yield from _predict_joined(job.with_(data=given), plan, dtype, place)
+        return
+    plan = fitting(plan, ranks, job)
+    if Chunks(job.with_(data=given)).samples == 0:
+        return
+    task = _Task(Sent.of(job, spec), data, plan, dtype, uuid.uuid4().hex)
+    with (
+        Ranks(plan.ranks, threads=threads, log_dir=log_dir) as live,
+        closing(live.stream(_rank, task)) as parts,
+    ):
+        yield from _in_order(parts, live, task.name)
+
+
+def _in_order(parts: Iterator[_Part], live: Ranks, name: str) -> Iterator[Any]:
+    """Outputs in the order of their chunks, from parts in any order."""
+    waiting: dict[int, tuple[Any, list[Tensor]]] = {}
+    store = None
+    following = 0
+    for part in parts:
+        waiting[part.chunk] = part.form, unpack(part.parcel)
+        while following in waiting:
+            store = store if store is not None else live.store(name)
+            # Of a rank that failed the next part tells, better than its store that is gone.
+            with contextlib.suppress(RuntimeError):
+                take(store, following)
+            form, tensors = waiting.pop(following)
+            following += 1
+            yield put_together(form, tensors)
+            del tensors
+
+
+# --- on a rank --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a local rank is told; the name is of its keys in the store."""
+
+    job: Sent
+    data: Dataset[Any] | None
+    plan: Plan
+    dtype: torch.dtype | None
+    name: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The output of a chunk on its way to the process that started the ranks."""
+
+    chunk: int
+    form: Any
+    parcel: Parcel
+
+
+def _rank(task: _Task) -> Iterator[_Part]:
+    with joined() as place:
+        job = task.job.loaded()
+        work = Work.on(job if task.data is None else job.with_(data=task.data), task.plan, task.dtype, place)
+        if work is None:
+            return
+        window = _AHEAD * place.world
+        claims = Claims(shared_store(task.name), work.replica, place.rank, window)
+        kept: deque[tuple[int, Parcel]] = deque()
+        while (found := work.compute(chunk := claims.next())) is not None:
+            while kept and kept[0][0] <= chunk - window:  # which was taken, or this one could not have been claimed
+                discard(kept.popleft()[1])
+            if work.gives:
+                form, tensors = found
+                kept.append((chunk, pack(tensors)))
+                yield _Part(chunk, form, kept[-1][1])
+
+
+def _predict_joined(job: Job, plan: Plan, dtype: torch.dtype | None, place: Place) -> Iterator[Any]:
+    work = Work.on(job, plan, dtype, place)
+    if work is None:
+        return
+    store = shared_store(f"predict-{collect.agreed_number(place)}")
+    claims = Claims(store, work.replica, place.rank, _AHEAD * place.world)
+    if place.rank:
+        collect.send_all(work, claims, store, place)
+    else:
+        yield from collect.outputs(work, claims, store, place)

@@ -1,0 +1,249 @@
+"""Prediction: a job's model on the ranks of one replica, from a chunk of samples to the tensors of its own output.
+
+Axes that split the batch alone make replicas, of which each takes whole chunks. So a chunk meets the model as it would
+on one device, whatever couples its samples. The other axes split the model within a replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shardwise.engine.evaluate import corresponding
+from shardwise.engine.forward import Forward
+from shardwise.errors import CaptureError, JobError, PlanError
+from shardwise.graph import random
+from shardwise.graph.capture import caller
+from shardwise.graph.eager import Lifted
+from shardwise.graph.graph import Graph
+from shardwise.graph.output import checked
+from shardwise.job import Batch, Job, batch_size, lift, lifts, map_batch
+from shardwise.parallel.channels import Channels
+from shardwise.parallel.hybrid import Split, check_fixed_batch, stage_bounds
+from shardwise.parallel.layout import SplitAxis
+from shardwise.parallel.mesh import Mesh
+from shardwise.parallel.rank import RankModel, let_go
+from shardwise.parallel.schedule import stage_rank
+from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
+
+_KEY = 2
+"""Tells the random numbers of prediction from those of training (0) and evaluation (1)."""
+
+
+class Prediction(Protocol):
+    """A job's model on this rank."""
+
+    def outputs(self, chunk: int, batch: Batch) -> tuple[Any, list[Tensor]]:
+        """The form of the output of a chunk and its tensors; called on every rank of a replica.
+
+        The rank that hands out has the tensors; others may have none.
+        """
+
+    def check(self, samples: int) -> None:
+        """Check that a chunk of so many samples can be computed.
+
+        Raises:
+            PlanError: it is too small to be cut as the plan says, or the model fixes another number.
+        """
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The ranks that compute one chunk together.
+
+    Attributes:
+        number: which replica it is.
+        count: how many there are.
+        ranks: in order; the first claims chunks for all of them.
+        giver: the rank that hands outputs out: of the last stage the first.
+    """
+
+    number: int
+    count: int
+    ranks: tuple[int, ...]
+    giver: int
+
+    @classmethod
+    def of(cls, plan: Plan, rank: int) -> Replica:
+        """The replica of a rank, under a plan."""
+        places = _places(plan.axes)
+        data = [i for i, axis in enumerate(plan.axes) if axis.name in plan.data]
+        keys = list(dict.fromkeys(tuple(place[i] for i in data) for place in places))
+        mine = tuple(places[rank][i] for i in data)
+        ranks = tuple(r for r, place in enumerate(places) if tuple(place[i] for i in data) == mine)
+        last = stage_rank(plan.stages - 1, plan.pipeline)
+        at = next((i for i, axis in enumerate(plan.axes) if axis.name == PIPELINE), None)
+        giver = next(r for r in ranks if at is None or places[r][at] == last)
+        return cls(keys.index(mine), len(keys), ranks, giver)
+
+
+def _places(axes: Sequence[PlanAxis]) -> list[tuple[int, ...]]:
+    """The coordinates of every rank; neighbouring ranks differ in the last axis."""
+    found: list[tuple[int, ...]] = [()]
+    for axis in axes:
+        found = [(*place, i) for place in found for i in range(axis.size)]
+    return found
+
+
+def build(
+    job: Job, plan: Plan, mesh: Mesh, example: Batch, device: torch.device, dtype: torch.dtype | None = None
+) -> Prediction:
+    """A job's model on this rank.
+
+    A replica of one rank runs the module as it is. One that is split runs the captured graph.
+
+    Args:
+        mesh: of all axes of the plan.
+        example: a few samples.
+        dtype: runs everything in this dtype (float64 for proofs); None leaves the model's own.
+
+    Raises:
+        PlanError: the plan does not fit the model; or it splits the model, which does not capture.
+    """
+    module = job.build()
+    if dtype is not None:
+        module, example = lift(module, dtype), lift(example, dtype)
+    if len(mesh.axes) == len(plan.data) and plan.micro_batches == 1 and not plan.cuts:
+        return ModulePrediction(job, plan, module, device, dtype)
+    try:
+        return GraphPrediction(job, plan, module, mesh, example, device, dtype)
+    except CaptureError as error:
+        why = str(error)
+    if any(axis.size > 1 and axis.name not in plan.data for axis in plan.axes):
+        raise PlanError(f"{plan.title()} splits the model, but {why}; to predict, split the batch alone")
+    return ModulePrediction(job, plan, module, device, dtype)
+
+
+class ModulePrediction:
+    """The module as it is, on chunks of this rank."""
+
+    def __init__(self, job: Job, plan: Plan, module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+        self._module = module.to(device).eval()
+        self._call = caller(self._module)
+        self._seed, self._device, self._dtype = job.seed, device, dtype
+        self._bf16 = plan.precision == "bf16" and dtype is None
+
+    def outputs(self, chunk: int, batch: Batch) -> tuple[Any, list[Tensor]]:
+        batch = map_batch(lift(batch, self._dtype) if self._dtype else batch, lambda t: t.to(self._device))
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
+            torch.manual_seed(random.stream(self._seed, chunk, _KEY))
+            if self._bf16:
+                stack.enter_context(torch.autocast(self._device.type, torch.bfloat16))
+            if self._dtype is not None:
+                stack.enter_context(Lifted(self._dtype))
+            output = self._call(batch)
+        return checked(output)
+
+    def check(self, samples: int) -> None:
+        pass
+
+
+class GraphPrediction:
+    """The captured model, split within the replica: this rank's programs, with no more than what they use."""
+
+    def __init__(
+        self, job: Job, plan: Plan, module: nn.Module, mesh: Mesh, example: Batch, device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        graph = Graph.of(job, module, example, purpose="predict")
+        plan, bounds = _for_prediction(job, plan, module, graph, example)
+        inner = Mesh(tuple(axis for axis in mesh.axes if axis.name not in plan.data), mesh.rank, mesh.recorder)
+        plan = plan.with_(axes=tuple(axis for axis in plan.axes if axis.name not in plan.data))
+        check_fixed_batch(graph, plan)
+        split = Split(graph, plan, inner, bounds)
+        dtypes = lifts(dtype) if dtype is not None else {}
+        model = RankModel(split, device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None)
+        model.load(module, frees=True)
+        for param in module.parameters():
+            let_go(param)
+        self._channels = Channels(mesh, split.pipeline, plan.stages, device)
+        self._forwards = {plan.micro_batches: Forward(model, self._channels, dtype)}
+        self._seed, self._form, self._mesh, self._dtype = job.seed, graph.captured.form, mesh, dtype
+
+    def outputs(self, chunk: int, batch: Batch) -> tuple[Any, list[Tensor]]:
+        forward = self._forward_for(batch_size(batch))
+        share = forward.feeder.share(batch)
+        with torch.inference_mode(), self._mesh.exchanging():
+            found = forward.outputs(share, random.stream(self._seed, chunk, _KEY))
+        self._mesh.recorder.take()
+        return self._form, found
+
+    def check(self, samples: int) -> None:
+        self._forward_for(samples).feeder.check(samples)
+
+    def _forward_for(self, samples: int) -> Forward:
+        """The programs for a chunk; one of fewer samples than the plan's micro-batches has one for each."""
+        most = max(self._forwards)
+        count = min(samples, most)
+        if count not in self._forwards:
+            whole = self._forwards[most].model
+            split = whole.split
+            model = RankModel.like(whole, Split(split.graph, split.plan.with_(micro_batches=count), split.mesh, split.bounds))
+            model.share(whole)
+            self._forwards[count] = Forward(model, self._channels, self._dtype)
+        return self._forwards[count]
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def _for_prediction(
+    job: Job, plan: Plan, module: nn.Module, graph: Graph, example: Batch
+) -> tuple[Plan, list[tuple[int, int]] | None]:
+    """The plan as the graph of prediction takes it, and its stages where they are not those of the plan by name.
+
+    What is for training alone is left out. A plan for the job's training is carried over: its stages follow those of
+    the training graph, and its dims are those of the same parameters.
+
+    Raises:
+        PlanError: the plan is for another model.
+    """
+    plan = plan.with_(zero=0, recompute=())
+    own = plan.with_(model="")
+    if plan.model in ("", graph.fingerprint()) and all(cut in graph.places for cut in plan.cuts):
+        return own, None
+    try:
+        training = Graph.of(job, module, example)
+    except (CaptureError, JobError) as error:
+        if plan.model:
+            raise PlanError(
+                f"the plan is for model {plan.model}, but this one is {graph.fingerprint()} as it predicts, and as it "
+                f"trains it cannot be looked at: {error}"
+            ) from error
+        stage_bounds(graph, plan)  # says which cut there is not
+        raise
+    if plan.model not in ("", training.fingerprint()):
+        raise PlanError(
+            f"the plan is for model {plan.model}, but this one is {training.fingerprint()} as it trains and "
+            f"{graph.fingerprint()} as it predicts; make a new plan for it"
+        )
+    bounds = corresponding(training, graph, stage_bounds(training, plan))
+    axes = tuple(_renamed(axis, training, graph) for axis in own.axes)
+    return own.with_(axes=axes), bounds
+
+
+def _renamed(axis: PlanAxis, training: Graph, graph: Graph) -> PlanAxis:
+    """An axis with the names that its dims have in another graph of the same model, behind each its own."""
+    names: dict[str, dict[str, None]] = {}
+    for name in training.params.keys() & graph.params.keys():
+        pairs = zip(training.params[name].leaves(), graph.params[name].leaves(), strict=True)
+        for old, new in pairs:
+            if [leaf.size for leaf in old] == [leaf.size for leaf in new]:
+                for a, b in zip(old, new, strict=True):
+                    names.setdefault(a.name, {})[b.name] = None
+    found: dict[str, None] = {}
+    for pattern in axis.dims:
+        found[pattern] = None
+        one = SplitAxis(axis.name, axis.size, (pattern,))
+        for old_name in sorted(names):
+            if one.matches(old_name) is not None:
+                found.update(names[old_name])
+    return PlanAxis(axis.name, axis.size, tuple(found), axis.shares)
+

@@ -1,0 +1,57 @@
+"""Work: what a rank needs to compute chunks: its replica, the data, and the model as it predicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.engine.chunks import Chunks
+from shardwise.engine.launch import Place
+from shardwise.engine.prediction import Prediction, Replica, build
+from shardwise.engine.train import check_alike
+from shardwise.job import Job
+from shardwise.parallel.mesh import Mesh
+from shardwise.plan.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """The chunks of a job on one rank.
+
+    Attributes:
+        replica: the ranks that compute each chunk together.
+        chunks: the samples.
+        gives: whether this rank hands outputs out.
+    """
+
+    replica: Replica
+    chunks: Chunks
+    gives: bool
+    prediction: Prediction
+
+    @classmethod
+    def on(cls, job: Job, plan: Plan, dtype: torch.dtype | None, place: Place) -> Work | None:
+        """The work of this rank of a process group; None where there is no sample.
+
+        Raises:
+            UserError: the plan does not fit the ranks, the model or the chunks; or the ranks read unlike samples.
+        """
+        mesh, chunks = Mesh.build(plan.axes), Chunks(job)
+        example = chunks.example()
+        if example is None:
+            return None
+        check_alike(example, place)
+        prediction = build(job, plan, mesh, example, place.device, dtype)
+        for samples in sorted(chunks.sizes()):
+            prediction.check(samples)
+        place.backend.reset_peak_memory()  # gives what was needed to build the model back
+        replica = Replica.of(plan, place.rank)
+        return cls(replica, chunks, replica.giver == place.rank, prediction)
+
+    def compute(self, chunk: int) -> tuple[Any, list[Tensor]] | None:
+        """The form and the tensors of a chunk's output; None where there is no such chunk."""
+        batch = self.chunks.read(chunk) if chunk >= 0 else None
+        return self.prediction.outputs(chunk, batch) if batch is not None else None

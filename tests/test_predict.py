@@ -18,7 +18,8 @@ from shardwise.graph.eager import Lifted
 from shardwise.graph.output import taken_apart
 from shardwise.job import Job, lift
 from shardwise.plan.plan import Plan, PlanAxis
-from tests.conftest import Pool, apart, cuts, data, pipeline, tensor
+from tests.conftest import apart, cuts, data, pipeline, tensor
+from tests.pool import Pool
 from tests.zoo import hf, plain
 
 COUNT = 21

@@ -24,7 +24,8 @@ from shardwise.job import Job
 from shardwise.machine.backend import Backend
 from shardwise.plan.plan import Plan
 from shardwise.search.strategies import strategies
-from tests.conftest import Pool, data, pipeline, tensor
+from tests.conftest import data, pipeline, tensor
+from tests.pool import Pool
 from tests.test_launch import assert_gone, clean_environment
 from tests.zoo import hf, plain
 
@@ -262,8 +263,8 @@ def test_an_output_of_transformers_keeps_its_class_and_leaves_its_cache_out() ->
 
     job = hf.llama()
 
-    def cached() -> nn.Module:
-        model = hf.llama().model()
+    def cached() -> Any:
+        model: Any = hf.llama().model()
         model.config.use_cache = True
         return model
 
@@ -278,7 +279,7 @@ def test_hidden_states_of_a_deep_model_are_all_there() -> None:
     """A deep model is captured by a few of its layers, but what it returns of the others is not left out."""
     job = hf.llama()
 
-    def deep() -> nn.Module:
+    def deep() -> Any:
         import transformers
 
         config = transformers.LlamaConfig(**{**hf.LLAMA, "num_hidden_layers": 12, "output_hidden_states": True})
@@ -310,7 +311,9 @@ def test_a_model_that_does_not_capture_is_split_by_data_alone() -> None:
     job = Job(model=Branches, data=Numbered(7), global_batch=2)
     outputs = list(sw.predict(job, ranks=2, threads=1))
     assert torch.cat(outputs)[:6].flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    with pytest.raises(PlanError, match=r"tensor 2 splits the model, but Branches does not capture.*by data alone|alone"):
+    with pytest.raises(
+        PlanError, match=r"tensor 2 splits the model, but Branches does not capture.*by data alone|alone"
+    ):
         list(sw.predict(job, None, Plan((tensor("width*"),)), threads=1))
 
 
@@ -450,4 +453,3 @@ def test_a_stream_is_shared_in_a_launch(pool: Pool) -> None:
 def streamed() -> list[float]:
     assert dist.is_initialized()
     return samples(list(sw.predict(Job(model=Who, data=Stream(11), global_batch=2))))
-

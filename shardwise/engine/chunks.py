@@ -73,5 +73,3 @@ class Chunks:
                 self.count = self._next - 1
                 return None
         raise JobError(f"chunk {chunk} was passed over already")
-
-

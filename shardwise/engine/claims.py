@@ -1,4 +1,4 @@
-"""Claims: which chunk a replica computes next. One that is free takes the next that nobody has, so a slow one takes less.
+"""Claims: which chunk a replica computes next. One that is free takes the next that nobody has: a slow one takes less.
 
 A counter in the launch's store is the queue. The first rank of a replica claims and tells the others through the same
 store: nobody waits in a collective for a chunk, and the stages of a pipeline work on different chunks at once.

@@ -1,4 +1,4 @@
-"""Collect: outputs on their way to rank 0 of a launch, whose machines may share no memory. Tensors are sent, nothing else.
+"""Collect: outputs on their way to rank 0 of a launch, whose machines may share no memory. Only tensors are sent.
 
 Rank 0 computes as the others do while its caller waits, and receives what they have in the order of the chunks. What is
 said of a chunk that is on its way (who has it, shapes, dtypes) is in the launch's store.
@@ -36,7 +36,7 @@ def _fresh() -> torch.Generator:
     return generator
 
 
-# -- on the other ranks --------------------------------------------------------------------------------------------------
+# -- on the other ranks ------------------------------------------------------------------------------------------------
 
 
 def send_all(work: Work, claims: Claims, store: dist.Store, place: Place) -> None:
@@ -68,7 +68,7 @@ def _tag(chunk: int, n: int) -> int:
     return chunk % _CHUNKS * _TENSORS + n
 
 
-# -- on rank 0 -----------------------------------------------------------------------------------------------------------
+# -- on rank 0 ---------------------------------------------------------------------------------------------------------
 
 
 def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -125,7 +125,9 @@ class Ranks:
             pass
         return results
 
-    def stream(self, target: Callable[..., Iterator[T]], *args: Any, timeout: float | None = None) -> Iterator[T]:
+    def stream(
+        self, target: Callable[..., Iterator[T]], *args: Any, timeout: float | None = None
+    ) -> Generator[T, None, None]:
         """Runs the generator `target(*args)` on every rank, and yields what any of them yields as it comes.
 
         To be closed, where it is not read to its end, before these ranks are.

@@ -1,4 +1,4 @@
-"""Parcels: tensors on their way from a rank to the process that started it, in memory that both see. Nothing is copied there.
+"""Parcels: tensors on their way from a rank to the process that started it, in memory that both see.
 
 The memory has no name in any file system: it is gone with the last process that has it, however these end.
 """
@@ -54,7 +54,9 @@ def pack(tensors: Sequence[Tensor]) -> Parcel:
                 view.copy_(tensor)
             del view
     except OSError as error:
-        raise RunError(f"{size / 1e9:.2f} GB of outputs cannot be kept: {error.strerror}; give a smaller global_batch") from error
+        raise RunError(
+            f"{size / 1e9:.2f} GB of outputs cannot be kept: {error.strerror}; give a smaller global_batch"
+        ) from error
     return parcel
 
 
@@ -78,6 +80,8 @@ def _views(parcel: Parcel, memory: mmap.mmap) -> list[Tensor]:
     for start, shape, dtype in parcel.places:
         count = torch.Size(shape).numel()
         # torch takes no part of a buffer that is empty.
-        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        flat = (
+            torch.frombuffer(memory, dtype=dtype, count=count, offset=start) if count else torch.empty(0, dtype=dtype)
+        )
         found.append(flat.view(shape))
     return found

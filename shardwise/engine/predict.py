@@ -1,4 +1,4 @@
-"""Predict: a job's model over a dataset, on local ranks or a launch's ranks; its outputs in the order of the samples."""
+"""Predict: a job's model over a dataset, on local ranks or a launch's; its outputs in the order of the samples."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def predict(
     tensor, number nor string in a container of these, such as a cache of keys and values, is None.
 
     Axes of the plan that split the batch make replicas. One that is free takes the next whole chunk, so a slow rank
-    takes less, and a chunk meets the model as on one device whatever couples its samples. The other axes split the model
-    within a replica.
+    takes less, and a chunk meets the model as on one device whatever couples its samples. The other axes split the
+    model within a replica. What a plan says for training alone (ZeRO, recompute, shares of a batch) is not looked at.
 
     Runs on local ranks that it starts, which end with the iterator: read it to its end, close it, or let go of it.
-    Under torchrun it runs on the ranks of that launch: every rank has to iterate, rank 0 gets the outputs and the others
-    get none.
+    Under torchrun it runs on the ranks of that launch: every rank has to iterate, rank 0 gets the outputs and the
+    others get none.
 
     Args:
         job: its model, `global_batch`, `precision`, `seed` and `collate`; loss and optimizer are not looked at.

@@ -122,7 +122,9 @@ def build(
 class ModulePrediction:
     """The module as it is, on chunks of this rank."""
 
-    def __init__(self, job: Job, plan: Plan, module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, module: nn.Module, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
         self._module = module.to(device).eval()
         self._call = caller(self._module)
         self._seed, self._device, self._dtype = job.seed, device, dtype
@@ -185,7 +187,9 @@ class GraphPrediction:
         if count not in self._forwards:
             whole = self._forwards[most].model
             split = whole.split
-            model = RankModel.like(whole, Split(split.graph, split.plan.with_(micro_batches=count), split.mesh, split.bounds))
+            model = RankModel.like(
+                whole, Split(split.graph, split.plan.with_(micro_batches=count), split.mesh, split.bounds)
+            )
             model.share(whole)
             self._forwards[count] = Forward(model, self._channels, self._dtype)
         return self._forwards[count]
@@ -246,4 +250,3 @@ def _renamed(axis: PlanAxis, training: Graph, graph: Graph) -> PlanAxis:
             if one.matches(old_name) is not None:
                 found.update(names[old_name])
     return PlanAxis(axis.name, axis.size, tuple(found), axis.shares)
-

@@ -12,7 +12,7 @@ _SETTINGS = ("global_batch", "precision", "clip_norm", "seed", "name")
 
 @dataclass(frozen=True)
 class Sent:
-    """A job itself; or its SPEC, which each rank reads for itself, and the settings that the caller may have changed."""
+    """A job itself; or its SPEC, which a rank reads for itself, and the settings that its caller may have changed."""
 
     job: Job | None
     spec: str | None

@@ -119,8 +119,8 @@ class Captured:
         inputs: placeholder names of the batch tensors, in the order of `batch_tensors`.
         updates: names of the buffers that the graph's last outputs replace.
         tied: parameter name to the name of the parameter that it is the same tensor as.
-        results: what the graph is run for, in the order of its output: `loss`, then `count` where the number of items is
-            given that it is a mean over; or the tensors of the model's own output.
+        results: what the graph is run for, in the order of its output: `loss`, then `count` where the number of items
+            is given that it is a mean over; or the tensors of the model's own output.
         batch_symbols: names of the symbols that stand for the number of samples; empty where the model fixes it.
         form: of the model's own output, where the graph is for prediction; see `output.taken_apart`.
     """

@@ -174,7 +174,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def note_output(self, results: Sequence[Tensor]) -> None:
-        """What the model returns is the last event: one that returns what its layers make returns more of a whole model."""
+        """The last event is what the model returns, which may be something of every layer."""
         self.events.append(Event("output", tuple(self._known.get(id(x), str(tuple(x.shape))) for x in results)))
 
 

@@ -134,7 +134,7 @@ def test_an_early_stop_leaves_nothing_behind() -> None:
     outputs = sw.predict(numbers(400, seconds=0.02), ranks=2, threads=1)
     pids = {int(next(outputs)["pid"][0]) for _ in range(8)}
     assert len(pids) == 2
-    outputs.close()  # type: ignore[attr-defined]
+    outputs.close()
     assert_gone(sorted(pids))
     assert own_descriptors() <= before
 

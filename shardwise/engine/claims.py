@@ -10,6 +10,7 @@ is kept for the caller is bounded, however slow it is.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from shardwise.engine.prediction import Replica
 
 _PAUSE = 0.001  # seconds between looks whether there is room
 FOREVER = timedelta(days=365)  # nothing but the end of a rank, which others notice, keeps a claim from being told
-_CLAIMED, _STOPPED = "claimed", "stopped"
+_CLAIMED, _TAKEN, _STOPPED = "claimed", "taken", "stopped"
 
 
 class Claims:
@@ -29,12 +30,13 @@ class Claims:
         replica: this rank's.
         rank: this rank.
         window: chunks that may be computed before the first of them is taken.
+        taken: says how many the caller has taken.
     """
 
-    def __init__(self, store: dist.Store, replica: Replica, rank: int, window: int) -> None:
+    def __init__(self, store: dist.Store, replica: Replica, rank: int, window: int, taken: Callable[[], int]) -> None:
         self.window = window
-        self._store, self._replica, self._rank = store, replica, rank
-        self._told = 0
+        self._store, self._replica, self._rank, self._taken = store, replica, rank, taken
+        self._number = 0
 
     @property
     def leads(self) -> bool:
@@ -44,8 +46,8 @@ class Claims:
     def next(self) -> int:
         """The chunk that this rank is to compute next; called on every rank of a replica. -1 where all is stopped."""
         if not self.leads:
-            key = f"told/{self._rank}/{self._told}"
-            self._told += 1
+            key = f"told/{self._rank}/{self._number}"
+            self._number += 1
             self._store.wait([key], FOREVER)
             chunk = int(self._store.get(key))
             self._store.delete_key(key)
@@ -64,8 +66,8 @@ class Claims:
     def tell(self, chunk: int) -> None:
         """Tell the others of this replica what to compute; -1 for nothing more."""
         for rank in self._replica.ranks[1:]:
-            self._store.set(f"told/{rank}/{self._told}", str(chunk))
-        self._told += 1
+            self._store.set(f"told/{rank}/{self._number}", str(chunk))
+        self._number += 1
 
     def void(self, chunk: int) -> None:
         """Say that nobody computes a chunk that this replica claimed."""
@@ -73,20 +75,16 @@ class Claims:
 
     def _await_room(self, chunk: int) -> bool:
         """Wait until a chunk is no more than the window ahead; False where all is stopped."""
-        before = f"taken/{chunk - self.window}"
         while not self._store.check([_STOPPED]):
-            if chunk < self.window:
-                return True
-            if self._store.check([before]):
-                self._store.delete_key(before)
+            if chunk < self._taken() + self.window:
                 return True
             time.sleep(_PAUSE)
         return False
 
 
-def take(store: dist.Store, chunk: int) -> None:
-    """Note that the caller has a chunk, so that another may be computed."""
-    store.set(f"taken/{chunk}", "")
+def taken(store: dist.Store, more: int = 0) -> int:
+    """How many chunks the caller has taken, where the store counts them; `more` are counted from now on."""
+    return int(store.add(_TAKEN, more))
 
 
 def stop(store: dist.Store) -> int:

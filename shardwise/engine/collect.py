@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.engine.claims import FOREVER, Claims, stop, take
+from shardwise.engine.claims import FOREVER, Claims, stop, taken
 from shardwise.engine.launch import Place
 from shardwise.engine.work import Work
 from shardwise.graph.output import put_together
@@ -94,7 +94,7 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
             elif following not in ready:
                 store.wait([f"note/{following}"], FOREVER)
             else:
-                take(store, following)
+                taken(store, 1)
                 tensors = ready.pop(following)
                 following += 1
                 yield put_together(form, tensors)

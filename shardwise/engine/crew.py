@@ -68,7 +68,6 @@ class Crew:
         self.output = _PassThrough(self.logs.file(0))
         try:
             with socket.create_server((_LOOPBACK, 0), backlog=1024) as listener:
-                self.port: int = listener.getsockname()[1]
                 for number in range(world):
                     seat = Seat(
                         rank=number,
@@ -76,7 +75,7 @@ class Crew:
                         backend=backend,
                         threads=threads,
                         collective_timeout=collective_timeout,
-                        port=self.port,
+                        port=listener.getsockname()[1],
                         listener=-1 if number else listener.fileno(),
                         lifeline=self._lifeline[0],
                         output=-1 if number else self.output.inlet,

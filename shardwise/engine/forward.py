@@ -35,11 +35,11 @@ class Forward:
         """[results], float64: each result summed over micro-batches, as far as this rank computed it."""
         return self._pipeline.step(self._start(share, key))
 
-    def outputs(self, share: Share, key: int) -> list[Tensor]:
-        """Each result of the whole batch; none on a rank without the last stage."""
+    def outputs(self, share: Share, key: int, *, wanted: bool) -> list[Tensor]:
+        """Each result of the whole batch, where it is wanted, which it may be on the first rank of the last stage."""
         found: list[Mapping[str, Tensor]] = []
-        self._pipeline.play(self._start(share, key), lambda m, outputs: found.append(outputs))
-        if not found:
+        self._pipeline.play(self._start(share, key), lambda m, outputs: found.append(outputs) if wanted else None)
+        if not wanted:
             return []
         return [self.model.joined(name, [part[name] for part in found]) for name in self.model.split.graph.results]
 

@@ -91,7 +91,6 @@ class Ranks:
             self.world, self.backend, self.threads, log_dir, collective_timeout, environment=_environment_of
         )
         self._end = weakref.finalize(self, self._crew.end)
-        self._collective_timeout = timedelta(seconds=collective_timeout)
         self._lock = threading.Lock()
         self._tasks = 0
         self._unusable = ""
@@ -161,11 +160,6 @@ class Ranks:
         if error is not None:
             raise error
         results += turn.results()
-
-    def store(self, name: str) -> dist.Store:
-        """What `claims.shared_store` of this name is on the ranks, for this process; they must be running."""
-        client = dist.TCPStore("127.0.0.1", self._crew.port, None, False, self._collective_timeout)
-        return dist.PrefixStore(f"shardwise/{name}", client)
 
     def close(self) -> None:
         """Ends the ranks. They end as well when the object or this process goes away."""

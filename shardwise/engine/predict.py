@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,8 @@ from torch.utils.data import Dataset
 
 from shardwise.engine import collect
 from shardwise.engine.chunks import Chunks
-from shardwise.engine.claims import Claims, shared_store, take
-from shardwise.engine.launch import Place, Ranks, joined, launched
+from shardwise.engine.claims import Claims, shared_store, taken
+from shardwise.engine.launch import Ranks, joined, launched
 from shardwise.engine.parcel import Parcel, discard, pack, unpack
 from shardwise.engine.sent import Sent
 from shardwise.engine.train import data_plan, fitting
@@ -42,7 +40,7 @@ def predict(
     spec: str | None = None,
     log_dir: Path | None = None,
     threads: int | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The outputs of a job's model over a dataset, chunk by chunk, in the order of the samples, each sample once.
 
     A chunk is the next `job.global_batch` samples, the last one what is left. Its output is what the model returns for
@@ -71,37 +69,48 @@ def predict(
         UserError: the plan does not fit the ranks, the model or the chunks.
         RunError: a rank failed.
     """
-    given = data if data is not None else job.data
+    whole = job if data is None else job.with_(data=data)
+    chunks = Chunks(whole)
     if launched() or dist.is_initialized():
-        with joined(threads=threads) as place:
-            plan = plan or data_plan(place.world, job)
-            yield from _predict_joined(job.with_(data=given), plan, dtype, place)
-        return
+        return _predict_joined(whole, plan, dtype, threads)
     plan = fitting(plan, ranks, job)
-    if Chunks(job.with_(data=given)).samples == 0:
-        return
-    task = _Task(Sent.of(job, spec), data, plan, dtype, uuid.uuid4().hex)
-    with (
-        Ranks(plan.ranks, threads=threads, log_dir=log_dir) as live,
-        closing(live.stream(_rank, task)) as parts,
-    ):
-        yield from _in_order(parts, live, task.name)
+    if chunks.count == 0:
+        return _nothing()
+    return _predict_locally(Sent.of(job, spec), data, plan, dtype, threads, log_dir)
 
 
-def _in_order(parts: Iterator[_Part], live: Ranks, name: str) -> Iterator[Any]:
-    """Outputs in the order of their chunks, from parts in any order."""
+def _nothing() -> Generator[Any, None, None]:
+    yield from ()
+
+
+def _predict_locally(
+    job: Sent,
+    data: Dataset[Any] | None,
+    plan: Plan,
+    dtype: torch.dtype | None,
+    threads: int | None,
+    log_dir: Path | None,
+) -> Generator[Any, None, None]:
+    count = pack([torch.zeros(1, dtype=torch.int64)])
+    try:
+        task = _Task(job, data, plan, dtype, count)
+        with (
+            Ranks(plan.ranks, threads=threads, log_dir=log_dir) as live,
+            closing(live.stream(_rank, task)) as parts,
+        ):
+            yield from _in_order(parts, *unpack(count))
+    finally:
+        discard(count)
+
+
+def _in_order(parts: Iterator[_Part], taken: Tensor) -> Iterator[Any]:
+    """Outputs in the order of their chunks, from parts in any order; `taken` counts those that are taken."""
     waiting: dict[int, tuple[Any, list[Tensor]]] = {}
-    store = None
-    following = 0
     for part in parts:
         waiting[part.chunk] = part.form, unpack(part.parcel)
-        while following in waiting:
-            store = store if store is not None else live.store(name)
-            # Of a rank that failed the next part tells, better than its store that is gone.
-            with contextlib.suppress(RuntimeError):
-                take(store, following)
+        while (following := int(taken)) in waiting:
             form, tensors = waiting.pop(following)
-            following += 1
+            taken += 1
             yield put_together(form, tensors)
             del tensors
 
@@ -111,13 +120,13 @@ def _in_order(parts: Iterator[_Part], live: Ranks, name: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a local rank is told; the name is of its keys in the store."""
+    """What a local rank is told; `taken` has the number of chunks that the caller has taken."""
 
     job: Sent
     data: Dataset[Any] | None
     plan: Plan
     dtype: torch.dtype | None
-    name: str
+    taken: Parcel
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,8 @@ def _rank(task: _Task) -> Iterator[_Part]:
         if work is None:
             return
         window = _AHEAD * place.world
-        claims = Claims(shared_store(task.name), work.replica, place.rank, window)
+        (counter,) = unpack(task.taken)
+        claims = Claims(shared_store("predict"), work.replica, place.rank, window, lambda: int(counter))
         kept: deque[tuple[int, Parcel]] = deque()
         while (found := work.compute(chunk := claims.next())) is not None:
             while kept and kept[0][0] <= chunk - window:  # which was taken, or this one could not have been claimed
@@ -147,13 +157,16 @@ def _rank(task: _Task) -> Iterator[_Part]:
                 yield _Part(chunk, form, kept[-1][1])
 
 
-def _predict_joined(job: Job, plan: Plan, dtype: torch.dtype | None, place: Place) -> Iterator[Any]:
-    work = Work.on(job, plan, dtype, place)
-    if work is None:
-        return
-    store = shared_store(f"predict-{collect.agreed_number(place)}")
-    claims = Claims(store, work.replica, place.rank, _AHEAD * place.world)
-    if place.rank:
-        collect.send_all(work, claims, store, place)
-    else:
-        yield from collect.outputs(work, claims, store, place)
+def _predict_joined(
+    job: Job, plan: Plan | None, dtype: torch.dtype | None, threads: int | None
+) -> Generator[Any, None, None]:
+    with joined(threads=threads) as place:
+        work = Work.on(job, plan or data_plan(place.world, job), dtype, place)
+        if work is None:
+            return
+        store = shared_store(f"predict-{collect.agreed_number(place)}")
+        claims = Claims(store, work.replica, place.rank, _AHEAD * place.world, lambda: taken(store))
+        if place.rank == 0:
+            yield from collect.outputs(work, claims, store, place)
+        else:
+            collect.send_all(work, claims, store, place)

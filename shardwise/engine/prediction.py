@@ -154,6 +154,7 @@ class GraphPrediction:
         self, job: Job, plan: Plan, module: nn.Module, mesh: Mesh, example: Batch, device: torch.device,
         dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
+        gives = Replica.of(plan, mesh.rank).giver == mesh.rank
         graph = Graph.of(job, module, example, purpose="predict")
         plan, bounds = _for_prediction(job, plan, module, graph, example)
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name not in plan.data), mesh.rank, mesh.recorder)
@@ -168,12 +169,13 @@ class GraphPrediction:
         self._channels = Channels(mesh, split.pipeline, plan.stages, device)
         self._forwards = {plan.micro_batches: Forward(model, self._channels, dtype)}
         self._seed, self._form, self._mesh, self._dtype = job.seed, graph.captured.form, mesh, dtype
+        self._gives = gives
 
     def outputs(self, chunk: int, batch: Batch) -> tuple[Any, list[Tensor]]:
         forward = self._forward_for(batch_size(batch))
         share = forward.feeder.share(batch)
         with torch.inference_mode(), self._mesh.exchanging():
-            found = forward.outputs(share, random.stream(self._seed, chunk, _KEY))
+            found = forward.outputs(share, random.stream(self._seed, chunk, _KEY), wanted=self._gives)
         self._mesh.recorder.take()
         return self._form, found
 

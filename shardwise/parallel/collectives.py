@@ -70,9 +70,9 @@ def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
 
 
 def _gather_unequal(parts: list[Tensor], mine: Tensor, axis: Axis) -> None:
-    padded = _padded(mine, max(p.shape[0] for p in parts))
-    out = [torch.empty_like(padded) for _ in parts]
-    dist.all_gather(out, padded, group=axis.group)
+    own = padded(mine, max(p.shape[0] for p in parts))
+    out = [torch.empty_like(own) for _ in parts]
+    dist.all_gather(out, own, group=axis.group)
     for part, got in zip(parts, out, strict=True):
         part.copy_(got[: part.shape[0]])
 
@@ -83,14 +83,14 @@ def sum_parts(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tenso
         return x
     seen = split_view(x, pos, lead, sum(sizes)).movedim(pos + 1, 0).contiguous()
     largest = max(sizes)
-    parts = [_padded(part, largest) for part in seen.split(list(sizes))]
+    parts = [padded(part, largest) for part in seen.split(list(sizes))]
     out = torch.empty_like(parts[0])
     axis.record("reduce_scatter", out.numel() * out.element_size() * axis.size)
     dist.reduce_scatter(out, parts, group=axis.group)
     return merge_view(out[: sizes[axis.rank]].movedim(0, pos + 1), pos)
 
 
-def _padded(x: Tensor, length: int) -> Tensor:
+def padded(x: Tensor, length: int) -> Tensor:
     """`x` with zeros behind, because not every backend takes unequal parts."""
     return x if x.shape[0] == length else torch.cat([x, x.new_zeros((length - x.shape[0], *x.shape[1:]))])
 

@@ -16,6 +16,7 @@ from shardwise.graph.dims import BATCH
 from shardwise.graph.rules import Value
 from shardwise.parallel.collectives import all_reduce_
 from shardwise.parallel.defer import defer_weights
+from shardwise.parallel.hand_out import hand_out
 from shardwise.parallel.hybrid import Micro, Split
 from shardwise.parallel.layout import PARTIAL, WHOLE, Cut, States
 from shardwise.parallel.mesh import Axis
@@ -173,13 +174,16 @@ class RankModel:
         for value in self.updated.values():
             if split.stage_of[graph.producer[value]] == stage:
                 outputs.append((value, (WHOLE,) * len(split.axes)))
-        return self._emitter(given).build(ops, outputs)
+        program = self._emitter(given).build(ops, outputs)
+        if graph.captured.form is not None and stage == split.plan.stages - 1:
+            hand_out(program.module)
+        return program
 
     def _result_states(self, value: Value) -> States:
         """How the last stage leaves a result.
 
-        Of a loss the sums are made by `total`, for nothing waits for them before. An output is whole, but for what each
-        micro-batch has of it.
+        Of a loss the sums are made by `total`, for nothing waits for them before. An output is whole on the first rank,
+        but for what each micro-batch has of it.
         """
         states = zip(self.split.layout.states[value], self.split.axes, strict=True)
         if self.split.graph.captured.form is not None:
@@ -187,7 +191,7 @@ class RankModel:
         return tuple(PARTIAL if axis is None or state == PARTIAL else WHOLE for state, axis in states)
 
     def joined(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """A result of the whole step from what the last stage gave of each micro-batch."""
+        """An output of the whole step from what the last stage gave of each micro-batch; on the first rank."""
         value = self.split.graph.results[name]
         states = self._result_states(value)
         if len(parts) == 1 or not self.split.timed or states[0] == WHOLE:

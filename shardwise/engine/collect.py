@@ -110,10 +110,15 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
             if chunk not in ready and chunk != mine:
                 store.wait([f"note/{chunk}"], FOREVER)
                 _receive(chunk, store, place)
+        _await_others(store, place)
         raise
-    finally:
-        if place.world > 1:
-            store.wait([f"done/{rank}" for rank in range(1, place.world)], FOREVER)
+    _await_others(store, place)
+
+
+def _await_others(store: dist.Store, place: Place) -> None:
+    """Rank 0 may have the store, and leaves last."""
+    if place.world > 1:
+        store.wait([f"done/{rank}" for rank in range(1, place.world)], FOREVER)
 
 
 def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor]:
@@ -126,6 +131,7 @@ def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor]:
     found = []
     for n, (shape, name) in enumerate(said):
         dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
         raw = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device=place.device)
         if raw.numel():
             dist.recv(raw, source, tag=_tag(chunk, n))

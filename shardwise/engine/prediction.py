@@ -25,7 +25,7 @@ from shardwise.graph.output import checked
 from shardwise.job import Batch, Job, batch_size, lift, lifts, map_batch
 from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch, stage_bounds
-from shardwise.parallel.layout import SplitAxis
+from shardwise.parallel.layout import SplitAxis, check_axes
 from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.rank import RankModel, let_go
 from shardwise.parallel.schedule import stage_rank
@@ -108,13 +108,14 @@ def build(
     module = job.build()
     if dtype is not None:
         module, example = lift(module, dtype), lift(example, dtype)
-    if len(mesh.axes) == len(plan.data) and plan.micro_batches == 1 and not plan.cuts:
+    split = any(axis.size > 1 and axis.name not in plan.data for axis in plan.axes)
+    if not split and plan.micro_batches == 1 and not plan.cuts:
         return ModulePrediction(job, plan, module, device, dtype)
     try:
         return GraphPrediction(job, plan, module, mesh, example, device, dtype)
     except CaptureError as error:
         why = str(error)
-    if any(axis.size > 1 and axis.name not in plan.data for axis in plan.axes):
+    if split:
         raise PlanError(f"{plan.title()} splits the model, but {why}; to predict, split the batch alone")
     return ModulePrediction(job, plan, module, device, dtype)
 
@@ -213,7 +214,7 @@ def _for_prediction(
     """
     plan = plan.with_(zero=0, recompute=())
     own = plan.with_(model="")
-    if plan.model in ("", graph.fingerprint()) and all(cut in graph.places for cut in plan.cuts):
+    if plan.model in ("", graph.fingerprint()) and _names_only(plan, graph):
         return own, None
     try:
         training = Graph.of(job, module, example)
@@ -223,16 +224,25 @@ def _for_prediction(
                 f"the plan is for model {plan.model}, but this one is {graph.fingerprint()} as it predicts, and as it "
                 f"trains it cannot be looked at: {error}"
             ) from error
-        stage_bounds(graph, plan)  # says which cut there is not
+        check_axes(graph, [SplitAxis(a.name, a.size, a.dims) for a in plan.axes if a.name != PIPELINE])
+        stage_bounds(graph, plan)  # one of them says which dim or operator there is not
         raise
     if plan.model not in ("", training.fingerprint()):
         raise PlanError(
             f"the plan is for model {plan.model}, but this one is {training.fingerprint()} as it trains and "
             f"{graph.fingerprint()} as it predicts; make a new plan for it"
         )
+    check_axes(training, [SplitAxis(a.name, a.size, a.dims) for a in plan.axes if a.name != PIPELINE])
     bounds = corresponding(training, graph, stage_bounds(training, plan))
     axes = tuple(_renamed(axis, training, graph) for axis in own.axes)
     return own.with_(axes=axes), bounds
+
+
+def _names_only(plan: Plan, graph: Graph) -> bool:
+    """Whether the operators and dims that a plan names are all this graph's."""
+    dims = {dim.name for dim in graph.dims()}
+    plain = (dim for axis in plan.axes for dim in axis.dims if not any(c in dim for c in "*?["))
+    return all(cut in graph.places for cut in plan.cuts) and all(dim in dims for dim in plain)
 
 
 def _renamed(axis: PlanAxis, training: Graph, graph: Graph) -> PlanAxis:

@@ -179,8 +179,7 @@ def capture(
             _check_that_it_runs(job, job.batch(range(min(2, job.global_batch))), purpose)
         raise
     wrapper.train()
-    form = wrapper.form if isinstance(wrapper, OutputModule) else None
-    return replace(captured, tied=_tied(module), form=form)
+    return replace(captured, tied=_tied(module))
 
 
 def _wrapper(module: nn.Module, job: Job, batch: Batch, purpose: Purpose) -> Wrapper:
@@ -202,13 +201,22 @@ def _by_a_few(
     wrapper: Wrapper, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None, stack: Stack
 ) -> Captured | None:
     try:
+        # A model may note, when it is first called, which layers it has.
+        part = _apart(wrapper)
+        stack = deepest(part.module) or stack
         with stack.short():
-            short = _captured(wrapper, tensors, samples, mode)
-            found = unfolded(_runs(wrapper, tensors, mode), stack)
+            short = _captured(part, tensors, samples, mode)
+            found = unfolded(_runs(part, tensors, mode), stack)
         alike = found is not None and found.events == _runs(wrapper, tensors, mode)
     except Exception:  # a model may count on its layers being there
         return None
     return unfold(short, stack, wrapper.module) if alike else None
+
+
+def _apart(module: M) -> M:
+    """A copy of a module that shares its tensors."""
+    held = [t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
+    return copy.deepcopy(module, {id(t): t for t in held if isinstance(t, Tensor)})
 
 
 def _runs(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode | None) -> list[Event]:
@@ -361,7 +369,8 @@ def _collect(exported: ExportedProgram, wrapper: Wrapper, tensors: tuple[Tensor,
         tied=tied,
         results=_names(wrapper, results),
         batch_symbols=symbols,
-        fixed_batch=None if symbols else samples,
+        fixed_batch=None if symbols and not _fixes_batch(graph, inputs) else samples,
+        form=wrapper.form if isinstance(wrapper, OutputModule) else None,
     )
 
 
@@ -399,6 +408,12 @@ def _batch_symbols(graph: fx.Graph, inputs: list[str]) -> frozenset[str]:
             if value.ndim and isinstance(value.shape[0], torch.SymInt) and value.shape[0].node.expr.free_symbols:
                 found.add(str(value.shape[0].node.expr))
     return frozenset(found)
+
+
+def _fixes_batch(graph: fx.Graph, inputs: list[str]) -> bool:
+    """Whether the number of samples is a plain number in something of the batch that is read."""
+    read = [node.meta["val"] for node in graph.nodes if node.op == "placeholder" and node.name in inputs and node.users]
+    return any(value.ndim and not isinstance(value.shape[0], torch.SymInt) for value in read)
 
 
 def is_getitem(node: fx.Node) -> bool:

@@ -404,16 +404,20 @@ def _batch_symbols(graph: fx.Graph, inputs: list[str]) -> frozenset[str]:
     for node in graph.nodes:
         if node.op == "placeholder" and node.name in inputs:
             value = node.meta["val"]
-            # A size that the model turned into a number is a constant expression.
-            if value.ndim and isinstance(value.shape[0], torch.SymInt) and value.shape[0].node.expr.free_symbols:
+            if value.ndim and _is_open(value.shape[0]):
                 found.add(str(value.shape[0].node.expr))
     return frozenset(found)
+
+
+def _is_open(size: Any) -> bool:
+    """Whether a size is a symbol; one that the model turned into a number is a constant expression."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _fixes_batch(graph: fx.Graph, inputs: list[str]) -> bool:
     """Whether the number of samples is a plain number in something of the batch that is read."""
     read = [node.meta["val"] for node in graph.nodes if node.op == "placeholder" and node.name in inputs and node.users]
-    return any(value.ndim and not isinstance(value.shape[0], torch.SymInt) for value in read)
+    return any(value.ndim and not _is_open(value.shape[0]) for value in read)
 
 
 def is_getitem(node: fx.Node) -> bool:

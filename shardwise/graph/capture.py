@@ -43,14 +43,13 @@ class LossModule(nn.Module):
     def __init__(self, module: nn.Module, job: Job, example: Batch) -> None:
         super().__init__()
         self.module = module
-        self._call = caller(module)
         self._loss = job.loss
         self._example = map_batch(example, lambda t: t.new_empty(0))
 
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         stream: Iterator[Tensor] = iter(tensors)
         batch = map_batch(self._example, lambda _: next(stream))
-        loss, count = mean_loss(self._loss, self._call(batch), batch)
+        loss, count = mean_loss(self._loss, caller(self.module)(batch), batch)
         return loss if self.training or count is None else (loss, count)
 
 
@@ -183,7 +182,7 @@ def capture(
 
 
 def _wrapper(module: nn.Module, job: Job, batch: Batch, purpose: Purpose) -> Wrapper:
-    return OutputModule(module, caller(module), batch) if purpose == "predict" else LossModule(module, job, batch)
+    return OutputModule(module, caller, batch) if purpose == "predict" else LossModule(module, job, batch)
 
 
 def _captured(wrapper: Wrapper, tensors: tuple[Tensor, ...], samples: int, mode: FakeTensorMode | None) -> Captured:

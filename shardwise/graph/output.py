@@ -102,14 +102,20 @@ class _Seen:
 class OutputModule(nn.Module):
     """A model as one module: the tensors of a batch in, the tensors of the model's own output out.
 
+    Args:
+        caller: how a module is called on a batch.
+        example: a batch, for its structure.
+
     Attributes:
         form: of the last output; see `taken_apart`.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[[Batch], Any], example: Batch) -> None:
+    def __init__(
+        self, module: nn.Module, caller: Callable[[nn.Module], Callable[[Batch], Any]], example: Batch
+    ) -> None:
         super().__init__()
         self.module = module
-        self._call = call
+        self._caller = caller
         self._example = map_batch(example, lambda t: t.new_empty(0))
         self._seen = _Seen()
 
@@ -119,7 +125,7 @@ class OutputModule(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         stream: Iterator[Tensor] = iter(tensors)
-        output = self._call(map_batch(self._example, lambda _: next(stream)))
+        output = self._caller(self.module)(map_batch(self._example, lambda _: next(stream)))
         form, found = checked(output)
         self._seen.form = form
         return tuple(found)

@@ -214,8 +214,8 @@ def _by_a_few(
 
 def _apart(module: M) -> M:
     """A copy of a module that shares its tensors."""
-    held = [t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
-    return copy.deepcopy(module, {id(t): t for t in held if isinstance(t, Tensor)})
+    held = [t for m in module.modules() for value in vars(m).values() for t in batch_tensors(value)]
+    return copy.deepcopy(module, {id(t): t for t in held})
 
 
 def _runs(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode | None) -> list[Event]:

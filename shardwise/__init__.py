@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from shardwise.engine.engine import parallelize
+    from shardwise.engine.map import map
     from shardwise.engine.predict import predict
     from shardwise.engine.train import Result, train
     from shardwise.errors import RunError, ShardwiseError, UserError
@@ -39,12 +40,12 @@ _HOMES = {
     "Job": "shardwise.job",
     "Plan": "shardwise.plan.plan",
     "PlanAxis": "shardwise.plan.plan",
-    "Result": "shardwise.engine.train",
     "RunError": "shardwise.errors",
     "ShardwiseError": "shardwise.errors",
     "UserError": "shardwise.errors",
     "discover": "shardwise.measure.machine",
     "load_spec": "shardwise.job",
+    "map": "shardwise.engine.map",
     "parallelize": "shardwise.engine.engine",
     "predict": "shardwise.engine.predict",
     "rule": "shardwise.graph.rules",
@@ -59,13 +60,13 @@ __all__ = [
     "Job",
     "Plan",
     "PlanAxis",
-    "Result",
     "RunError",
     "ShardwiseError",
     "UserError",
     "capture",
     "discover",
     "load_spec",
+    "map",
     "parallelize",
     "plan",
     "predict",

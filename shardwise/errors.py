@@ -38,6 +38,14 @@ class LaunchError(UserError):
     """A launch that cannot start: a port in use, an address that is not trusted, a missing device."""
 
 
+class ArrayError(UserError):
+    """An array that cannot be mapped over, or a function that does not turn its blocks into blocks."""
+
+
+class FileError(UserError):
+    """A file of inputs or outputs that cannot be read or written, or does not fit the job."""
+
+
 class CaptureError(ShardwiseError):
     """A model that does not capture. It still runs split by data; the message says why it did not capture."""
 

@@ -11,8 +11,8 @@ import pytest
 import shardwise
 
 NAMES = {
-    "Cluster", "Graph", "Job", "Plan", "PlanAxis", "Result", "RunError", "ShardwiseError", "UserError", "capture",
-    "discover", "load_spec", "parallelize", "plan", "predict", "report", "rule", "strategies", "train", "verify",
+    "Cluster", "Graph", "Job", "Plan", "PlanAxis", "RunError", "ShardwiseError", "UserError", "capture", "discover",
+    "load_spec", "map", "parallelize", "plan", "predict", "report", "rule", "strategies", "train", "verify",
 }  # fmt: skip
 
 

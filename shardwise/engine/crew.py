@@ -167,7 +167,7 @@ class Rank:
         """
         if self._process is None:
             return "did not start"
-        self._await_end(time.monotonic() + 1.0 if until is None else until)
+        await_end(self._process, time.monotonic() + 1.0 if until is None else until)
         self.signal(signal.SIGKILL)
         status = self._process.wait()
         self._buried.set()
@@ -175,14 +175,6 @@ class Rank:
             return f"exited with code {status}"
         hint = ", as the kernel does when memory runs out," if status == -signal.SIGKILL else ""
         return f"was killed by signal {-status} ({_signal_name(-status)}){hint}"
-
-    def _await_end(self, until: float) -> None:
-        """Waits for the end without reaping, so that nobody else can get the number of the group."""
-        assert self._process is not None
-        while time.monotonic() < until:
-            if _ended(self._process):
-                return
-            time.sleep(0.005)
 
     def _keep(self, theirs: Connection[Any, Any], log: Path) -> None:
         try:
@@ -225,6 +217,12 @@ class Rank:
                 pass_fds=[descriptor for descriptor in inherited if descriptor >= 0],
                 start_new_session=True,
             )
+
+
+def await_end(process: subprocess.Popen[bytes], until: float) -> None:
+    """Waits for the end, or until the monotonic clock reads `until`, and does not reap: the group keeps its number."""
+    while time.monotonic() < until and not _ended(process):
+        time.sleep(0.005)
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

@@ -206,13 +206,8 @@ _LAUNCH_VARIABLES = (
 
 def _environment_of(seat: Seat) -> dict[str, str]:
     """The environment of one local rank: this one, less any other launch, on the loopback interface."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LAUNCH_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
     return {
-        **kept,
+        **_own_environment(),
         "RANK": str(seat.rank),
         "WORLD_SIZE": str(seat.world),
         "LOCAL_RANK": str(seat.rank),
@@ -222,6 +217,17 @@ def _environment_of(seat: Seat) -> dict[str, str]:
         "SHARDWISE_DEVICE": seat.backend.device_type,
         **_loopback_interface(),
     }
+
+
+def environment_of_worker() -> dict[str, str]:
+    """The environment of a process beside others that is no rank: one thread for each library of kernels."""
+    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {**_own_environment(), **dict.fromkeys(limits, "1")}
+
+
+def _own_environment() -> dict[str, str]:
+    launch = (*_LAUNCH_VARIABLES, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {k: v for k, v in os.environ.items() if k not in launch and not k.startswith("TORCHELASTIC_")}
 
 
 def _loopback_interface() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -12,7 +11,6 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -25,10 +23,9 @@ import cloudpickle  # type: ignore[import-untyped, unused-ignore]
 import torch
 import torch.distributed as dist
 
+from shardwise.engine.lifeline import end_with_parent
 from shardwise.errors import RunError, ShardwiseError
 from shardwise.machine.backend import Backend
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def main(descriptor: int) -> None:
     parent: Connection[Any, Any] = Connection(descriptor)
     os.register_at_fork(after_in_child=parent.close)  # data loader workers must not hold the line open
     seat: Seat = parent.recv()
-    _end_with_parent(seat.lifeline)
+    end_with_parent(seat.lifeline)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _pass_stdout_through(seat.output)
@@ -169,19 +166,6 @@ def _open_store(seat: Seat, limit: timedelta) -> dist.TCPStore:
     return dist.TCPStore(
         "127.0.0.1", seat.port, seat.world, True, limit, wait_for_workers=False, master_listen_fd=seat.listener
     )
-
-
-def _end_with_parent(lifeline: int) -> None:
-    """Ends this rank and its own children when the parent ends, even by SIGKILL."""
-
-    def watch() -> None:
-        os.read(lifeline, 1)
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    os.set_inheritable(lifeline, False)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
 def _pass_stdout_through(output: int) -> None:

@@ -37,6 +37,7 @@ class Case:
     backend: Literal["threads", "processes"]
     columns: int = 1
     tensor: bool = False
+    most: int = SIZES[-1]
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,17 @@ def python(block: Any) -> Any:
     return np.array([value * value + 1.0 for value in block.tolist()])
 
 
+def longer(block: Any) -> Any:
+    return np.array([sum(value * k for k in range(20)) for value in block.tolist()])
+
+
 CASES = (
     Case("np.sqrt", np.sqrt, "threads"),
     Case("np.sin(np.exp(-x * x))", gauss, "threads"),
     Case("np.sort of rows of 100", sort, "threads", columns=100),
     Case("torch.sin(torch.exp(-x * x))", tensor_gauss, "threads", tensor=True),
     Case("a loop in Python", python, "processes"),
+    Case("a longer loop in Python", longer, "processes", most=1_000_000),
 )
 
 
@@ -131,7 +137,7 @@ def main() -> None:
         for case in CASES
         if (arguments.cases or "") in case.name
         for size in SIZES
-        if size >= case.columns
+        if case.columns <= size <= case.most
     ]
     print(table(rows))
     told = {

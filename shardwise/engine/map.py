@@ -26,7 +26,6 @@ _PROCESS_WITH_TORCH = 1.6  # the same with torch
 _LIMITS = 2.7e-3  # to find the libraries of kernels that have threads of their own
 
 _BLOCK = 1e-3  # seconds that a block should take: about a hundred times what it costs to hand it out
-_WORTH = 10  # times the start-up that must be left to do, so that a wrong guess costs little
 _SURE = 0.02  # a first block that takes so long was not just interrupted
 _FIRST = 2**15  # elements of the first block at most, which lie in a core's own cache
 _PARTS = 64  # the first block is at most such a part of the whole, for the others wait for it
@@ -86,7 +85,7 @@ def map(
 def _work_through(work: Work, workers: int, processes: bool) -> None:
     """Does block after block, alone or, as soon as that is faster, with helpers."""
     rows, done = work.rows, 0
-    startup = _THREADS if not processes else _PROCESS_WITH_TORCH if is_tensor(work.array) else _PROCESS
+    worth = 10 * _THREADS if not processes else 3 * (_PROCESS_WITH_TORCH if is_tensor(work.array) else _PROCESS)
     size = max(1, min(_FIRST * rows // max(1, math.prod(work.array.shape)), rows // _PARTS))
     each = math.inf  # seconds of a row: the least seen, for other programs only ever make it more
     while done < rows:
@@ -101,7 +100,7 @@ def _work_through(work: Work, workers: int, processes: bool) -> None:
             work.do(done, rows)
             return
         # A block that takes no longer than this may be mostly the cost of a call, and tells little of the others.
-        if sure and spent > _THREADS and left > _WORTH * startup:
+        if sure and spent > _THREADS and left > worth:
             team = min(workers, _useful(used / spent), rows - done)
             if team > 1:
                 _together(work, _cut(done, rows, int(_BLOCK / spent * size), team), team, left, processes)

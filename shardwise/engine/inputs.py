@@ -1,0 +1,370 @@
+"""Inputs: a file as a dataset whose samples fit a job's, read a sample at a time; opened again on each rank."""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+import itertools
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from shardwise.errors import FileError, UserError
+from shardwise.job import Job, seeded
+
+ONE = "input"
+"""What the tensor is called of a sample that is one tensor."""
+
+
+def open_inputs(path: Path, job: Job) -> Dataset[Any]:
+    """The samples of a file in the structure, the dtypes and the shapes of the job's own samples.
+
+    A job's sample may be a tensor, a tuple whose first element the model is given, or a dict. The file has an array for
+    each field, samples first, or a sample on each line or in each row; see docs/files.md. Numbers become those of the
+    job's dtype, whole ones never of fractions. Where the job has a `collate` of its own, samples may have any shape.
+
+    Raises:
+        FileError: the file cannot be read, is of an unknown type, or lacks a field; or its first sample has another
+            shape. A later sample that does not fit raises it when it is read.
+    """
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise FileError(f"{path} has the unknown type {path.suffix!r}; give a file of {', '.join(READERS)}")
+    with _told(path):
+        rows = reader(path.resolve())
+    return _Fitted(path, rows, _Wanted.of(job))
+
+
+# --- what the job needs -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A tensor of the job's samples; None where any will do."""
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    needed: bool
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """How the job's own samples look."""
+
+    kind: str
+    """ "one" tensor, a "tuple", a "dict", or "any" where the job collates."""
+    fields: dict[str, _Field]
+    others: frozenset[str]
+    """Names that the model takes as well."""
+
+    @classmethod
+    def of(cls, job: Job) -> _Wanted:
+        sample, collated = _own_sample(job), job.collate is not None
+        if isinstance(sample, (tuple, list)):
+            named = {str(i): value for i, value in enumerate(sample)}
+            return cls("tuple", {k: _field(v, k == "0", collated) for k, v in named.items()}, frozenset())
+        if not isinstance(sample, Mapping):
+            return cls("one", {ONE: _field(sample, True, collated)}, frozenset())
+        taken = inspect.signature(job.build("meta").forward).parameters
+        needed = {name for name, p in taken.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+        fields = {k: _field(v, k in needed, collated) for k, v in sample.items() if takes_all or k in taken or collated}
+        return cls("dict", fields, frozenset(taken))
+
+    def check_names(self, path: Path, names: list[str]) -> None:
+        if self.kind != "dict":
+            return
+        absent = [name for name in self.fields if name not in names]
+        strange = [name for name in names if name not in self.fields and name not in self.others]
+        lacking = [name for name in absent if self.fields[name].needed]
+        if lacking or len(absent) == len(self.fields) or (absent and strange):
+            raise FileError(
+                f"{path} lacks {', '.join(map(repr, lacking or absent))}, which the job's samples have; "
+                f"it has {', '.join(map(repr, names)) or 'nothing'}; the job's samples have "
+                f"{', '.join(map(repr, self.fields))}"
+            )
+
+
+def _own_sample(job: Job) -> Any:
+    with seeded(job.seed, 0, 0):
+        found = next(iter(job.data), None) if isinstance(job.data, IterableDataset) else None
+        if not isinstance(job.data, IterableDataset):
+            found = job.data[0] if job.samples() else None
+    return found
+
+
+def _field(value: Any, needed: bool, collated: bool) -> _Field:
+    if not isinstance(value, (Tensor, np.ndarray, np.generic, int, float, complex)):
+        return _Field(None, None, needed)
+    tensor = torch.as_tensor(value)
+    return _Field(None if collated else tuple(tensor.shape), tensor.dtype, needed)
+
+
+class _Fitted(Dataset[Any]):
+    """The samples of a file, each checked and turned into the job's dtypes and structure."""
+
+    def __init__(self, path: Path, rows: _Rows, wanted: _Wanted) -> None:
+        self._path, self._rows, self._wanted = path, rows, wanted
+        if len(rows):
+            wanted.check_names(path, list(self._named(0)))
+            self[0]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        wanted, named = self._wanted, self._named(index)
+        if wanted.kind == "dict":
+            return {k: self._fit(k, named[k], f, index) for k, f in wanted.fields.items() if k in named}
+        pairs = zip(wanted.fields.items(), named.items(), strict=False)
+        values = [self._fit(name, value, field, index) for (_, field), (name, value) in pairs]
+        return values[0] if wanted.kind == "one" else tuple(values)
+
+    def _named(self, index: int) -> dict[str, Any]:
+        with _told(self._path):
+            row = self._rows[index]
+        if not isinstance(row, dict):
+            row = {ONE: row}
+        if self._wanted.kind == "one" and len(row) != 1:
+            raise FileError(
+                f"{self._path} has the fields {', '.join(map(repr, row))}, but a sample of the job is one tensor; "
+                "give a file with one of them"
+            )
+        return row
+
+    def _fit(self, name: str, value: Any, field: _Field, index: int) -> Any:
+        where = f"{self._path}, {self._rows.where(index)}: field {name!r}"
+        if not isinstance(value, Tensor):
+            if field.dtype is None and field.shape is None:
+                return value
+            value = _numbers(value, where)
+        if field.shape is not None and tuple(value.shape) != field.shape:
+            raise FileError(
+                f"{where} has the shape {tuple(value.shape)}, but the job's own samples have {field.shape}; give "
+                "samples of that shape" + _ragged(tuple(value.shape), field.shape)
+            )
+        if field.dtype is None or value.dtype == field.dtype:
+            return value
+        if not torch.can_cast(value.dtype, field.dtype):
+            raise FileError(f"{where} holds {value.dtype}, but the job's own samples hold {field.dtype}; convert it")
+        return value.to(field.dtype)
+
+
+def _ragged(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return ", or a job whose collate pads them" if len(given) == len(wanted) else ""
+
+
+def _numbers(value: Any, where: str) -> Tensor:
+    """Numbers and lists of them as a tensor."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise FileError(f"{where} has lists of unlike lengths; pad them to one length") from error
+    if array.dtype.kind not in "biuf":
+        kind = "texts" if array.dtype.kind == "U" else "values that are not numbers"
+        raise FileError(f"{where} has {kind}; numbers are needed, or a job whose collate turns samples into them")
+    return _as_tensor(array)
+
+
+def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """The samples of an open file: a tensor each, or a dict of tensors or of numbers and lists.
+
+    It travels to another process as its path, and is opened there again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._open()
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Any:
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """What a message calls a sample."""
+        return f"sample {index}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._path = state["_path"]
+        with _told(self._path):
+            self._open()
+
+
+class _Npy(_Rows):
+    """One array, mapped into memory."""
+
+    def _open(self) -> None:
+        self._array = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        _check_arrays(self._path, {ONE: self._array})
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return _as_tensor(self._array[index])
+
+
+class _Npz(_Rows):
+    """Named arrays, read whole."""
+
+    def _open(self) -> None:
+        with np.load(self._path, allow_pickle=False) as file:
+            self._arrays = {name: file[name] for name in file.files}
+        _check_arrays(self._path, self._arrays)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._arrays.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: _as_tensor(array[index]) for name, array in self._arrays.items()}
+
+
+def _check_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufc":
+            raise FileError(f"{path}: field {name!r} holds {array.dtype}; numbers are needed")
+    _check_lengths(path, {name: array.shape for name, array in arrays.items()})
+
+
+def _check_lengths(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if not shapes:
+        raise FileError(f"{path} has no arrays; give one for each field, samples first")
+    if len({shape[:1] for shape in shapes.values()}) > 1 or not all(shapes.values()):
+        told = ", ".join(f"{name!r} {shape}" for name, shape in shapes.items())
+        raise FileError(f"{path} must have the samples as the first dim of every field, as many in each, but has {told}")
+
+
+class _Safetensors(_Rows):
+    """Named tensors, of which a slice is read for each sample."""
+
+    def _open(self) -> None:
+        self._file = safe_open(self._path, "pt")
+        self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
+        self._shapes = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
+        _check_lengths(self._path, self._shapes)
+
+    def __len__(self) -> int:
+        return next(iter(self._shapes.values()))[0]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: part[index : index + 1][0] for name, part in self._slices.items()}
+
+
+class _JsonLines(_Rows):
+    """A number, a list or an object of them on each line; where lines begin is kept, not what they hold."""
+
+    def _open(self) -> None:
+        self._file = self._path.open("rb")
+        self._lines = np.fromiter(self._filled(), dtype=np.dtype([("at", np.int64), ("number", np.int64)]))
+
+    def _filled(self) -> Iterator[tuple[int, int]]:
+        """Where each line that is not empty begins, and its number."""
+        at = 0
+        for number, line in enumerate(self._file, 1):
+            if line.strip():
+                yield at, number
+            at += len(line)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Any:
+        self._file.seek(int(self._lines["at"][index]))
+        try:
+            return json.loads(self._file.readline())
+        except ValueError as error:
+            raise FileError(f"{self._path}, {self.where(index)} is not JSON: {error}") from error
+
+    def where(self, index: int) -> str:
+        return f"line {self._lines['number'][index]}"
+
+
+class _Parquet(_Rows):
+    """Columns of numbers or lists; one group of rows is kept at a time."""
+
+    def _open(self) -> None:
+        self._file = pyarrow_parquet(self._path).ParquetFile(self._path)
+        groups = self._file.metadata
+        counts = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        self._ends = list(itertools.accumulate(counts))
+        self._kept: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        group = bisect.bisect_right(self._ends, index)
+        if self._kept[0] != group:
+            self._kept = (group, self._file.read_row_group(group))
+        first = self._ends[group - 1] if group else 0
+        found: dict[str, Any] = self._kept[1].slice(index - first, 1).to_pylist()[0]
+        return found
+
+
+def pyarrow_parquet(path: Path) -> Any:
+    """pyarrow's module for Parquet.
+
+    Raises:
+        FileError: it is not installed.
+    """
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise FileError(f"{path} is a Parquet file, which needs pyarrow; install it: pip install pyarrow") from error
+    return pyarrow.parquet
+
+
+READERS: Mapping[str, Callable[[Path], _Rows]] = {
+    ".npy": _Npy,
+    ".npz": _Npz,
+    ".safetensors": _Safetensors,
+    ".jsonl": _JsonLines,
+    ".parquet": _Parquet,
+}
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turns what reading a file raises into one message."""
+    try:
+        yield
+    except (UserError, IndexError):
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise _broken(path, error) from error
+        raise FileError(f"{path} cannot be read: {os.strerror(error.errno)}; give another path") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:  # pyarrow's are ValueErrors too
+        raise _broken(path, error) from error
+
+
+def _broken(path: Path, error: Exception) -> FileError:
+    return FileError(f"{path} is not a whole {path.suffix} file: {error}; write it again")

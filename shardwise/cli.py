@@ -6,20 +6,18 @@ import argparse
 import contextlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive
 from shardwise.errors import JobError, PlanError, ProofError, ShardwiseError, UserError
 from shardwise.graph.garbage import uncollected
+from shardwise.report.environment import installed
 
 if TYPE_CHECKING:
     from shardwise.job import Job
@@ -82,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="shardwise", description="Split a PyTorch model and its data over devices, run it, prove it.")
-    parser.add_argument("--version", action="version", version=f"shardwise {_version('shardwise') or 'from source'}")
+    parser.add_argument("--version", action="version", version=f"shardwise {installed('shardwise') or 'from source'}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Any, text: str, *, spec: bool = True) -> argparse.ArgumentParser:
@@ -105,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     _batch_option(train)
     train.add_argument("--save", type=Path, metavar="FILE", help="write the trained weights, as torch.load reads them")
     train.add_argument("--logs", type=Path, metavar="DIR", help="folder of the ranks' logs (kept only on failure)")
+
+    predict = command("predict", _predict, "compute the outputs of a job's model for the samples of a file")
+    samples = predict.add_mutually_exclusive_group()
+    text = "samples: .npy, .npz, .safetensors, .jsonl or .parquet (the job's own)"
+    samples.add_argument("--input", type=Path, metavar="FILE", help=text)
+    samples.add_argument("--data", metavar="SPEC", help="samples: a function that returns a Dataset")
+    text = "where the outputs go, of one of these types; a run that was killed goes on with it"
+    predict.add_argument("--output", type=Path, metavar="FILE", required=True, help=text)
+    _ranks_option(predict)
+    predict.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it a replica on each rank")
+    predict.add_argument("--batch", type=positive, metavar="N", help="samples at a time, instead of the job's own")
 
     plan = command("plan", _plan, "choose how to split a job, and say why")
     _ranks_option(plan)
@@ -181,6 +190,26 @@ def _train(arguments: argparse.Namespace) -> Answer:
     if first:
         print(report(chosen.plan, result, chosen.terms))
     return (result.to_dict() if first else None), 0
+
+
+def _predict(arguments: argparse.Namespace) -> Answer:
+    from shardwise.engine.inputs import open_inputs
+    from shardwise.engine.predict_files import code_of, identity_of, predict_file
+    from shardwise.job import load_data
+
+    job = _job(arguments)
+    plan = _read_plan(arguments.plan) if arguments.plan is not None else None
+    run: dict[str, Any] = {"code": code_of(arguments.spec)}
+    data = job.data
+    if arguments.input is not None:
+        data = open_inputs(arguments.input, job)
+        run["input"] = identity_of(arguments.input)
+    elif arguments.data is not None:
+        data = load_data(arguments.data)
+        run["input"] = code_of(arguments.data)
+    found = predict_file(job, data, arguments.output, run=run, plan=plan, ranks=arguments.ranks, spec=arguments.spec)
+    print(found.text())
+    return found.to_dict(), 0
 
 
 @uncollected()
@@ -265,11 +294,10 @@ def _machine(arguments: argparse.Namespace) -> Answer:
 
 
 def _env(arguments: argparse.Namespace) -> Answer:
-    from shardwise.report.terminal import table
+    from shardwise.report.environment import environment, text
 
     found = environment()
-    rows = [["", ""]] + [[name, _said(value)] for name, value in found.items()]
-    print("\n".join(table(rows, left=2).splitlines()[2:]))
+    print(text(found))
     return found, 0
 
 
@@ -349,72 +377,6 @@ def _row_dict(row: Any) -> dict[str, Any]:
     found = asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
     plan = row.plan
     return {**found, "plan": plan.text() if hasattr(plan, "text") else plan}
-
-
-# --- env --------------------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """What is installed and what is reachable."""
-    import torch
-    import torch.distributed as dist
-
-    from shardwise.machine.backend import Backend, cores
-
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "shardwise": _version("shardwise") or "from source",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": _version("numpy"),
-        "cloudpickle": _version("cloudpickle"),
-        "optional": {name: _version(name) for name in ("transformers", "safetensors", "scikit-learn")},
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": cores(),
-        "memory_bytes": Backend.cpu().total_memory(),
-        "devices": devices,
-        "chosen": Backend.detect().device_type,
-        "gloo": dist.is_available() and dist.is_gloo_available(),
-        "nccl": dist.is_available() and dist.is_nccl_available(),
-        "gloo_tls": _gloo_tls(),
-    }
-
-
-def _gloo_tls() -> bool:
-    """Whether gloo can encrypt. torch's wheels are built without it; such a build refuses the transport by name."""
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_gloo_available():
-        return False
-    # Gloo keeps the first transport that a process asks for, so that the one to ask is another process.
-    probe = "import torch.distributed as d; d.ProcessGroupGloo.create_device(hostname='127.0.0.1')"
-    environment = {**os.environ, "GLOO_DEVICE_TRANSPORT": "TCP_TLS"}
-    try:
-        done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode == 0
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_said(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, int) and value > 1_000_000:
-        from shardwise.report.terminal import size
-
-        return size(value)
-    return "not installed" if value is None else str(value)
 
 
 if __name__ == "__main__":

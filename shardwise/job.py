@@ -220,6 +220,27 @@ def load_spec(spec: str) -> Job:
     Raises:
         SpecError: the spec is malformed, does not import, or its function does not return a Job.
     """
+    job, name = _returned(spec)
+    if not isinstance(job, Job):
+        raise SpecError(f"{spec} must return a shardwise.Job, but returned {type(job).__name__}")
+    return job if job.name else job.with_(name=name)
+
+
+def load_data(spec: str) -> Dataset[Any]:
+    """The dataset that a SPEC names, which is written as a job's; what has samples to index or to iterate will do.
+
+    Raises:
+        SpecError: as `load_spec`, or its function does not return a dataset.
+    """
+    data, _ = _returned(spec)
+    if isinstance(data, (Job, str, bytes)) or not (hasattr(data, "__getitem__") or hasattr(data, "__iter__")):
+        raise SpecError(f"{spec} must return a Dataset, but returned {type(data).__name__}")
+    found: Dataset[Any] = data
+    return found
+
+
+def _returned(spec: str) -> tuple[Any, str]:
+    """What the function of a SPEC returns, and its name."""
     target, colon, name = spec.rpartition(":")
     if not colon or not target or not name:
         raise SpecError(f"SPEC must be file.py:function or package.module:function, but is {spec!r}")
@@ -229,12 +250,9 @@ def load_spec(spec: str) -> Job:
         if not callable(function):
             raise SpecError(f"{target} has no function {name!r}; it has: {', '.join(_functions(module)) or 'none'}")
         try:
-            job = function()
+            return function(), name
         except Exception as error:
             raise SpecError(f"{spec} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(job, Job):
-        raise SpecError(f"{spec} must return a shardwise.Job, but returned {type(job).__name__}")
-    return job if job.name else job.with_(name=name)
 
 
 def _functions(module: Any) -> list[str]:

@@ -236,7 +236,7 @@ def test_every_row_is_computed_once() -> None:
 
 def test_blocks_are_views() -> None:
     array = np.arange(100.0)
-    sw.map(lambda block: (pytest.fail("a copy") if not np.shares_memory(block, array) else block), array)
+    sw.map(lambda block: pytest.fail("a copy") if not np.shares_memory(block, array) else block, array)
 
 
 def test_torch_has_one_thread_in_each_worker_and_its_own_again_afterwards() -> None:
@@ -341,7 +341,7 @@ def frozen(size: int) -> Any:
         ({"axis": None}, "but is None"),
         ({"workers": 0}, "workers must be a whole number of at least 1, but is 0"),
         ({"workers": 2.0}, "but is 2.0"),
-        ({"backend": "gpu"}, "must be \"threads\" or \"processes\", but is 'gpu'"),
+        ({"backend": "gpu"}, 'must be "threads" or "processes", but is \'gpu\''),
         ({"array": torch.ones(3, requires_grad=True)}, r"requires gradients, .* give array.detach\(\)"),
         ({"array": torch.ones(3, device="meta")}, "dense tensor in main memory, but is torch.strided on meta"),
         ({"array": torch.eye(3).to_sparse()}, "dense tensor in main memory, but is torch.sparse_coo"),
@@ -354,7 +354,10 @@ def frozen(size: int) -> Any:
         ({"fn": np.sum}, "returned a float64"),
         ({"fn": lambda b: b[:0]}, r"as many rows as its block has, 1 along axis 0, but returned the shape \(0,\)"),
         ({"fn": lambda b: np.sum(b, keepdims=True)}, "as many rows as its block has"),
-        ({"fn": lambda b: b[:, None] * b}, r"array of float64 \(9, \d\) .* the results go to array of float64 \(9, 1\)"),
+        (
+            {"fn": lambda b: b[:, None] * b},
+            r"array of float64 \(9, \d\) .* the results go to array of float64 \(9, 1\)",
+        ),
         ({"out": np.zeros(8)}, r"float64 \(9,\) .* go to array of float64 \(8,\)"),
         ({"out": np.zeros(9, int)}, r"go to array of int64 \(9,\)"),
         ({"out": torch.zeros(9)}, "go to tensor of"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Form:
     tensor: bool
     dtype: Any
     shape: tuple[int, ...]
-    order: str = "C"
+    order: Literal["C", "F"] = "C"
 
     @classmethod
     def of(cls, array: Array) -> Form:
@@ -41,7 +41,7 @@ class Form:
     def empty(self) -> Array:
         """A new array of this form."""
         if not self.tensor:
-            return np.empty(self.shape, self.dtype, self.order)  # type: ignore[call-overload]
+            return np.empty(self.shape, self.dtype, self.order)
         import torch
 
         return torch.empty(self.shape, dtype=self.dtype)
@@ -49,7 +49,7 @@ class Form:
     def over(self, buffer: Any) -> Array:
         """An array of this form whose elements are those of a buffer."""
         if not self.tensor:
-            return np.ndarray(self.shape, self.dtype, buffer, order=self.order)  # type: ignore[call-overload]
+            return np.ndarray(self.shape, self.dtype, buffer, order=self.order)
         import torch
 
         count = int(np.prod(self.shape, dtype=np.int64))

@@ -68,7 +68,8 @@ class Npy(_Arrays):
         if len(heads[0]) != 1:
             names = ", ".join(map(repr, heads[0]))
             raise FileError(
-                f"the model gives {len(heads[0])} tensors ({names}), but .npy holds one; name a .npz or .safetensors file"
+                f"the model gives {len(heads[0])} tensors ({names}), but .npy holds one; "
+                "name a .npz or .safetensors file"
             )
 
     def write(self, file: IO[bytes], parts: Sequence[Part]) -> None:
@@ -89,7 +90,7 @@ class Npz(_Arrays):
 def _array(file: IO[bytes], name: str, dtype: str, shape: tuple[int, ...], parts: Sequence[Part]) -> None:
     kind = _numpy(torch.empty(0, dtype=getattr(torch, dtype))).dtype
     header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+    np.lib.format.write_array_header_1_0(file, header)
     for part in parts:
         file.write(_numpy(part.read()[name]).tobytes())
 
@@ -141,7 +142,8 @@ class JsonLines:
 
     def write(self, file: IO[bytes], parts: Sequence[Part]) -> None:
         for part in parts:
-            columns = {name: tensor.tolist() for name, tensor in part.read().items()}
+            tensors = part.read()
+            columns = {name: tensors[name].tolist() for name in part.head}
             for values in zip(*columns.values(), strict=True):
                 alone = list(columns) == [self._one]
                 sample = values[0] if alone else dict(zip(columns, values, strict=True))
@@ -171,7 +173,8 @@ class Parquet:
 
         writer = None
         for part in parts:
-            table = pyarrow.table({name: _column(pyarrow, tensor) for name, tensor in part.read().items()})
+            tensors = part.read()
+            table = pyarrow.table({name: _column(pyarrow, tensors[name]) for name in part.head})
             writer = writer or pyarrow_parquet(self._path).ParquetWriter(file, table.schema)
             writer.write_table(table)
         if writer is None:

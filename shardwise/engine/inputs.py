@@ -6,13 +6,14 @@ import bisect
 import inspect
 import itertools
 import json
+import mmap
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -116,8 +117,10 @@ class _Fitted(Dataset[Any]):
 
     def __init__(self, path: Path, rows: _Rows, wanted: _Wanted) -> None:
         self._path, self._rows, self._wanted = path, rows, wanted
+        self._names: list[str] | None = None
         if len(rows):
-            wanted.check_names(path, list(self._named(0)))
+            self._names = list(self._named(0))
+            wanted.check_names(path, self._names)
             self[0]
 
     def __len__(self) -> int:
@@ -142,6 +145,12 @@ class _Fitted(Dataset[Any]):
             raise FileError(
                 f"{self._path} has the fields {', '.join(map(repr, row))}, but a sample of the job is one tensor; "
                 "give a file with one of them"
+            )
+        lacking = [name for name in self._names or () if name not in row]
+        if lacking:
+            raise FileError(
+                f"{self._path}, {self._rows.where(index)} lacks {', '.join(map(repr, lacking))}, "
+                "which the first sample has"
             )
         return row
 
@@ -259,16 +268,19 @@ def _check_lengths(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         raise FileError(f"{path} has no arrays; give one for each field, samples first")
     if len({shape[:1] for shape in shapes.values()}) > 1 or not all(shapes.values()):
         told = ", ".join(f"{name!r} {shape}" for name, shape in shapes.items())
-        raise FileError(f"{path} must have the samples as the first dim of every field, as many in each, but has {told}")
+        raise FileError(
+            f"{path} must have the samples as the first dim of every field, as many in each, but has {told}; "
+            "put them there"
+        )
 
 
 class _Safetensors(_Rows):
     """Named tensors, of which a slice is read for each sample."""
 
     def _open(self) -> None:
-        self._file = safe_open(self._path, "pt")
-        self._slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
-        self._shapes = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
+        file: Any = safe_open(self._path, "pt")
+        self._slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        self._shapes: dict[str, tuple[int, ...]] = {n: tuple(part.get_shape()) for n, part in self._slices.items()}
         _check_lengths(self._path, self._shapes)
 
     def __len__(self) -> int:
@@ -282,29 +294,32 @@ class _JsonLines(_Rows):
     """A number, a list or an object of them on each line; where lines begin is kept, not what they hold."""
 
     def _open(self) -> None:
-        self._file = self._path.open("rb")
-        self._lines = np.fromiter(self._filled(), dtype=np.dtype([("at", np.int64), ("number", np.int64)]))
-
-    def _filled(self) -> Iterator[tuple[int, int]]:
-        """Where each line that is not empty begins, and its number."""
-        at = 0
-        for number, line in enumerate(self._file, 1):
-            if line.strip():
-                yield at, number
-            at += len(line)
+        with self._path.open("rb") as file:
+            lines = [(at, number) for at, number, line in _lines_of(file) if line.strip()]
+            self._lines = np.array(lines, dtype=np.int64).reshape(-1, 2)
+            self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if lines else None
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Any:
-        self._file.seek(int(self._lines["at"][index]))
+        assert self._text is not None
+        self._text.seek(int(self._lines[index, 0]))
         try:
-            return json.loads(self._file.readline())
+            return json.loads(self._text.readline())
         except ValueError as error:
             raise FileError(f"{self._path}, {self.where(index)} is not JSON: {error}") from error
 
     def where(self, index: int) -> str:
-        return f"line {self._lines['number'][index]}"
+        return f"line {self._lines[index, 1]}"
+
+
+def _lines_of(file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
+    """Where each line begins, its number, and the line."""
+    at = 0
+    for number, line in enumerate(file, 1):
+        yield at, number, line
+        at += len(line)
 
 
 class _Parquet(_Rows):

@@ -209,7 +209,7 @@ def _checked(array: Array, workers: int, axis: int, backend: str, out: Array | N
         _check_apart(array, out)
     if out is not None and not is_tensor(out) and not out.flags.writeable:
         raise ArrayError("out is read-only; give an array that can be written")
-    return axis % array.ndim
+    return int(axis % array.ndim)
 
 
 def _check_kind(name: str, array: Array) -> None:

@@ -45,6 +45,7 @@ def with_processes(work: Work, blocks: Sequence[tuple[int, int]], helpers: int) 
             'open files and locks inside of it, or take backend="threads"'
         ) from error
     done, kept = blocks[0][0], work.out
+    assert kept is not None  # rows before the blocks are done
     source, target = Form.of(work.array), Form.of(kept)
     with contextlib.ExitStack() as stack:
         source_file, shared = _shared(stack, source)
@@ -66,7 +67,8 @@ def _shared(stack: contextlib.ExitStack, form: Form) -> tuple[int, Array]:
         file = os.memfd_create("shardwise-map")
         stack.callback(os.close, file)
     else:  # macOS
-        file = stack.enter_context(tempfile.TemporaryFile()).fileno()
+        kept = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+        file = kept.fileno()
     size = max(1, form.nbytes)
     os.truncate(file, size)
     return file, form.over(mmap.mmap(file, size))

@@ -69,6 +69,60 @@ class Progress:
             self._out.flush()
 
 
+class SampleProgress:
+    """One line: samples done, rate, time left. Rewritten in place on a terminal, else printed every few seconds.
+
+    Args:
+        samples: in all, or None where that is not known.
+        before: of them that were done by an earlier run.
+    """
+
+    def __init__(
+        self, samples: int | None, before: int = 0, *, enabled: bool = True, out: TextIO | None = None
+    ) -> None:
+        self._samples, self._done = samples, before
+        self._first: int | None = None
+        """Samples done when the clock was started: starting the ranks is no part of the rate."""
+        self._enabled = enabled
+        self._out = out or sys.stdout
+        self._terminal = self._out.isatty()
+        self._began = self._shown = time.monotonic()
+
+    def __call__(self, samples: int) -> None:
+        """Counts samples that are done."""
+        self._done += samples
+        if self._first is None:
+            self._first, self._began = self._done, time.monotonic()
+        if time.monotonic() - self._shown >= (0.1 if self._terminal else _EVERY):
+            self._show("")
+
+    def end(self) -> None:
+        """Shows the last state."""
+        self._show("\n")
+
+    def _show(self, end: str) -> None:
+        self._shown = time.monotonic()
+        if not self._enabled:
+            return
+        line = samples_line(self._done, self._samples, self._first or self._done, self._shown - self._began)
+        with contextlib.suppress(BrokenPipeError):
+            self._out.write(f"\r{line}\x1b[K{end}" if self._terminal else f"{line}\n")
+            self._out.flush()
+
+
+def samples_line(done: int, samples: int | None, first: int, seconds: float) -> str:
+    """Samples done, rate, time left, e.g. `12,800/50,000 samples  5,120 samples/s  7 s left`.
+
+    The rate is of the samples behind the `first` that were done, in the seconds since then.
+    """
+    of = f"/{samples:,}" if samples is not None else ""
+    if done == first or seconds <= 0:
+        return f"{done:,}{of} samples"
+    rate = (done - first) / seconds
+    left = f"  {(samples - done) / rate:,.0f} s left" if samples is not None else ""
+    return f"{done:,}{of} samples  {rate:,.{0 if rate >= 100 else 1}f} samples/s{left}"
+
+
 def progress_line(run: Run, steps: int, memory: int) -> str:
     """Step, loss, rate and peak memory, e.g. `step 10/200  loss 2.3456  51,200 tokens/s  memory 0.41 GB`."""
     done = len(run.losses)

@@ -1,0 +1,144 @@
+"""Predict from file to file: the outputs of a dataset's samples, in a file that a killed run goes on with."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from shardwise.engine.launch import launched
+from shardwise.engine.outputs import Outputs
+from shardwise.engine.predict import predict
+from shardwise.engine.progress import SampleProgress
+from shardwise.errors import LaunchError
+from shardwise.job import Job
+from shardwise.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a run wrote.
+
+    Attributes:
+        output: the file.
+        samples: in it.
+        before: how many of them an earlier run had written.
+        seconds: of this run, ranks and files included.
+        bytes: of the file.
+        ranks: that computed, where a plan or a number was given.
+    """
+
+    output: str
+    samples: int
+    before: int
+    seconds: float
+    bytes: int
+    ranks: int | None
+
+    @property
+    def rate(self) -> float:
+        """Samples per second of this run."""
+        return (self.samples - self.before) / self.seconds if self.seconds else 0.0
+
+    def text(self) -> str:
+        """One line of it."""
+        gone_on = f" ({self.before:,} of them by an earlier run)" if self.before else ""
+        rate = f"{self.rate:,.{0 if self.rate >= 100 else 1}f} samples/s"
+        return f"{self.samples:,} samples{gone_on} in {self.seconds:.1f} s, {rate}: {self.output}, {self.bytes:,} bytes"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as numbers and strings."""
+        return {**asdict(self), "rate": self.rate}
+
+
+def predict_file(
+    job: Job,
+    data: Dataset[Any],
+    output: Path,
+    *,
+    run: dict[str, Any],
+    plan: Plan | None = None,
+    ranks: int | None = None,
+    spec: str | None = None,
+    progress: bool = True,
+) -> Predicted:
+    """Writes the outputs of all samples to a file, whose ending says of which type.
+
+    Args:
+        run: what makes this run another than others, beside the job's settings; an unfinished run is gone on with only
+            where it is the same.
+        progress: whether to print a line of it.
+
+    The other arguments are those of `predict`.
+
+    Raises:
+        FileError: a sample does not fit the job, or the outputs cannot be written.
+        LaunchError: under torchrun.
+        UserError, RunError: as `predict`.
+    """
+    if launched():
+        raise LaunchError("shardwise predict starts its ranks by itself; run it without torchrun, with --ranks N")
+    settings = {key: getattr(job, key) for key in ("precision", "seed")}
+    began = time.perf_counter()
+    with Outputs(output, run={"job": job.title(), **settings, **run}) as outputs:
+        before = outputs.done
+        line = SampleProgress(_length(data), before, enabled=progress)
+        rest = _rest(data, before)
+        given = None if rest is job.data else rest  # which the ranks read by themselves
+        with closing(predict(job, given, plan, ranks=ranks, spec=spec)) as found:  # type: ignore[type-var]
+            for output_of_chunk in found:
+                line(outputs.add(output_of_chunk))
+        line.end()
+        samples = outputs.finish()
+    seconds = time.perf_counter() - began
+    ranks = plan.ranks if plan is not None else ranks
+    return Predicted(str(output), samples, before, seconds, output.stat().st_size, ranks)
+
+
+def _length(data: Dataset[Any]) -> int | None:
+    return None if isinstance(data, IterableDataset) else len(data)  # type: ignore[arg-type]
+
+
+class _Later(IterableDataset[Any]):
+    """A stream without its first samples."""
+
+    def __init__(self, data: IterableDataset[Any], first: int) -> None:
+        self._data, self._first = data, first
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._data), self._first, None)
+
+
+def _rest(data: Dataset[Any], first: int) -> Dataset[Any]:
+    if not first:
+        return data
+    if isinstance(data, IterableDataset):
+        return _Later(data, first)
+    return Subset(data, range(first, len(data)))  # type: ignore[arg-type]
+
+
+_ENDS = 1 << 20
+
+
+def identity_of(file: Path) -> list[Any]:
+    """What tells a file from another: its size, when it was changed, and a hash of its first and last megabyte."""
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        size = content.seek(0, 2)
+        for at in (0, max(0, size - _ENDS)):
+            content.seek(at)
+            found.update(content.read(_ENDS))
+    return [size, file.stat().st_mtime_ns, found.hexdigest()]
+
+
+def code_of(spec: str) -> str:
+    """What tells a SPEC from another: the hash of its file and its function, or its name."""
+    target, _, name = spec.rpartition(":")
+    return f"{hashlib.sha256(Path(target).read_bytes()).hexdigest()}:{name}" if target.endswith(".py") else spec

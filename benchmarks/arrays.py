@@ -10,6 +10,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -115,6 +118,24 @@ def seconds(way: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - began) / calls
 
 
+def startup() -> dict[str, float]:
+    """Seconds that `map` weighs: to start and join three threads, and until a process has imported what it needs."""
+    boot = "import shardwise.engine.map_worker"
+
+    def threads() -> None:
+        started = [threading.Thread(target=int) for _ in range(3)]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+
+    def process(code: str) -> Callable[[], Any]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    ways = {"three_threads_s": threads, "process_s": process(boot), "process_with_torch_s": process(f"{boot}, torch")}
+    return {name: statistics.median(seconds(way, 1) for _ in range(5)) for name, way in ways.items()}
+
+
 def table(rows: list[Row]) -> str:
     """The rows as they stand in the documentation; seconds as microseconds."""
     lines = [
@@ -139,10 +160,13 @@ def main() -> None:
         for size in SIZES
         if case.columns <= size <= case.most
     ]
+    started = startup()
     print(table(rows))
+    print("\n".join(f"{name}: {value * 1e3:.1f} ms" for name, value in started.items()))
     told = {
         "machine": {"cores": os.cpu_count(), "cpu": platform.machine(), "torch": torch.__version__,
                     "numpy": np.__version__, "python": platform.python_version()},
+        "startup": started,
         "rows": [asdict(row) for row in rows],
     }  # fmt: skip
     arguments.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -71,11 +72,13 @@ class Outputs:
         self._folder = path.with_name(f"{path.name}.parts")
         self._run = json.loads(json.dumps(dict(run)))
         self._lines: list[_Line] = []
+        self._end = 0
+        """Bytes of the log that count."""
         self._waiting: list[dict[str, Tensor]] = []
         self._bytes, self._since = 0, time.monotonic()
         with _disk(path):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._log = (self._folder / "run.jsonl").open("a+b")
+            self._log = (self._folder / "run.jsonl").open("a+b", buffering=0)
             try:
                 self._resume()
             except BaseException:
@@ -163,28 +166,26 @@ class Outputs:
         except OSError as error:
             raise FileError(f"another run is writing {self._path}; give another path, or wait for it") from error
         self._log.seek(0)
-        head, *rest = _whole_lines(self._log) or [{"run": self._run}]
-        if head.get("run") != self._run:
-            was = head.get("run")
+        found = _whole_lines(self._log.read())
+        if not found:
+            self._log.truncate(0)
+            self._log_line(_as_line({"run": self._run}))
+        elif found[0][0].get("run") != self._run:
+            was = found[0][0].get("run")
             other = [k for k in self._run if not isinstance(was, dict) or was.get(k) != self._run[k]]
             raise FileError(
                 f"{self._folder} has the outputs of another run, whose {' and '.join(other) or 'settings'} differs; "
                 "remove it, or write to another file"
             )
-        for entry in rest:
+        else:
+            self._end = found[0][1]
+        for entry, end in found[1:]:
             line = _Line(**{**entry, "heads": {k: (d, tuple(s)) for k, (d, s) in entry["heads"].items()}})
             if line.start != self.done or not (self._folder / line.file).is_file():
                 break
             self._lines.append(line)
-        kept = [{"run": self._run}, *(asdict(line) for line in self._lines)]
-        text = "".join(json.dumps(entry) + "\n" for entry in kept).encode()
-        self._log.seek(0)
-        if self._log.read() != text:
-            self._log.truncate(0)
-            self._log.write(text)
-            self._log.flush()
-            os.fsync(self._log.fileno())
-        self._end = len(text)
+            self._end = end
+        self._log.truncate(self._end)
         known = {line.file for line in self._lines}
         for stray in self._folder.glob("*.safetensors*"):
             if stray.name not in known:
@@ -204,17 +205,19 @@ class Outputs:
                 os.fsync(out.fileno())
             beside.replace(file)
             _sync(self._folder)
-            text = (json.dumps(asdict(line)) + "\n").encode()
-            self._log.write(text)
-            self._log.flush()
-            os.fsync(self._log.fileno())
+            self._log_line(_as_line(asdict(line)))
         except OSError:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
                 os.ftruncate(self._log.fileno(), self._end)
             raise
-        self._end += len(text)
         self._lines.append(line)
+
+    def _log_line(self, text: bytes) -> None:
+        if self._log.write(text) != len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(self._log.fileno())
+        self._end += len(text)
 
     def _reader(self, line: _Line) -> Any:
         def read() -> dict[str, Tensor]:
@@ -234,17 +237,23 @@ class Outputs:
         return read
 
 
-def _whole_lines(log: IO[bytes]) -> list[dict[str, Any]]:
-    """The lines of a log up to the first that is not whole."""
-    found: list[dict[str, Any]] = []
-    for line in log:
+def _as_line(entry: dict[str, Any]) -> bytes:
+    return (json.dumps(entry) + "\n").encode()
+
+
+def _whole_lines(log: bytes) -> list[tuple[dict[str, Any], int]]:
+    """The lines of a log up to the first that is not whole, and where each ends."""
+    found: list[tuple[dict[str, Any], int]] = []
+    end = 0
+    for line in log.splitlines(keepends=True):
         try:
             entry = json.loads(line)
         except ValueError:
             break
         if not line.endswith(b"\n") or not isinstance(entry, dict):
             break
-        found.append(entry)
+        end += len(line)
+        found.append((entry, end))
     return found
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.arrays import Row, table
 from shardwise.cli import _parser
 from shardwise.cost.profile import PROFILES
 from shardwise.plan.plan import Plan
@@ -155,6 +156,14 @@ def test_the_figures_of_the_benchmarks_are_those_measured() -> None:
         shown = f"| {row['workload']} | {row['strategy']} | {seconds} | {row['ratio']:.3f} | "
         assert shown in page, shown
         assert ("missed" in page.partition(shown)[2].partition("\n")[0]) == (row["ratio"] > row["goal"])
+
+
+def test_the_figures_of_arrays_are_those_measured() -> None:
+    page = (ROOT / "docs" / "arrays.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "arrays.json").read_text(encoding="utf-8"))
+    rows = [Row(**row) for row in found["rows"]]
+    assert len(rows) >= 30
+    assert table(rows) in page
 
 
 def test_the_profiles_are_those_of_the_page() -> None:

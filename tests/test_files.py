@@ -165,7 +165,7 @@ BAD = [
     ("a.npz", b"nonsense", ONE, "is not a whole .npz file"),
     ("a.safetensors", b"nonsense" * 4, ONE, "is not a whole .safetensors file"),
     ("a.jsonl", b"[1, 2, 3]\n[1, 2", ONE, "line 2 is not JSON"),
-    ("a.jsonl", b"[1, 2, 3]\n[1, 2]", ONE, r"line 2: field 'input' has the shape \(2,\), but the job's own samples have "
+    ("a.jsonl", b"[1, 2, 3]\n[1, 2]", ONE, r"field 'input' has the shape \(2,\), but the job's own samples have "
      r"\(3,\); give samples of that shape, or a job whose collate pads them"),
     ("a.jsonl", b"[1, 2, 3]\n[1, [2], 3]", ONE, "line 2: field 'input' has lists of unlike lengths; pad them"),
     ("a.jsonl", b'["a", "b", "c"]', ONE, "has texts; numbers are needed, or a job whose collate"),
@@ -530,7 +530,9 @@ def test_predict_writes_what_the_model_gives(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["samples"] == 50 and told["before"] == 0 and told["bytes"] > 0
-    assert [json.loads(line)["sum"] for line in (folder / "data.jsonl").open()] == [3.0 * i for i in range(50)]
+    assert [json.loads(line)["sum"] for line in (folder / "data.jsonl").read_text().splitlines()] == [
+        3.0 * i for i in range(50)
+    ]
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def predict_file(
         line = SampleProgress(_length(data), before, enabled=progress)
         rest = _rest(data, before)
         given = None if rest is job.data else rest  # which the ranks read by themselves
-        with closing(predict(job, given, plan, ranks=ranks, spec=spec)) as found:  # type: ignore[type-var]
+        with closing(predict(job, given, plan, ranks=ranks, spec=spec)) as found:
             for output_of_chunk in found:
                 line(outputs.add(output_of_chunk))
         line.end()

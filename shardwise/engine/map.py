@@ -26,8 +26,9 @@ _PROCESS_WITH_TORCH = 1.6  # the same with torch
 _LIMITS = 2.7e-3  # to find the libraries of kernels that have threads of their own
 
 _BLOCK = 1e-3  # seconds that a block should take: about a hundred times what it costs to hand it out
-_SURE = 0.02  # a first block that takes so long was not just interrupted
+_SURE = 0.02  # a first or small block that takes so long is telling, and was not just interrupted
 _FIRST = 2**15  # elements of the first block at most, which lie in a core's own cache
+_SPREAD = 2**16  # elements that torch spreads over two threads at least, which get 2**15 each
 _PARTS = 64  # the first block is at most such a part of the whole, for the others wait for it
 _SHARE = 4  # blocks for each worker at least, so that a slow worker can take fewer
 
@@ -85,23 +86,29 @@ def map(
 def _work_through(work: Work, workers: int, processes: bool) -> None:
     """Does block after block, alone or, as soon as that is faster, with helpers."""
     rows, done = work.rows, 0
-    worth = 10 * _THREADS if not processes else 3 * (_PROCESS_WITH_TORCH if is_tensor(work.array) else _PROCESS)
-    size = max(1, min(_FIRST * rows // max(1, math.prod(work.array.shape)), rows // _PARTS))
+    tensor, elements = is_tensor(work.array), max(1, math.prod(work.array.shape))
+    worth = 10 * _THREADS if not processes else 6 * (_PROCESS_WITH_TORCH if tensor else _PROCESS)
+    size = max(1, min(_FIRST * rows // elements, rows // _PARTS))
+    useful = 0  # workers; 0 until it is known
     each = math.inf  # seconds of a row: the least seen, for other programs only ever make it more
     while done < rows:
         began, used = time.perf_counter(), time.process_time()
         work.do(done, done + size)
         spent, used = time.perf_counter() - began, time.process_time() - used
-        sure = done > 0 or spent > _SURE
+        sure = done > 0
         done += size
         each = min(each, spent / size)
         left = each * (rows - done)
         if done < rows and left < _THREADS:
             work.do(done, rows)
             return
-        # A block that takes no longer than this may be mostly the cost of a call, and tells little of the others.
-        if sure and spent > _THREADS and left > worth:
-            team = min(workers, _useful(used / spent), rows - done)
+        # A block that takes less may be mostly the cost of a call, or be too small for torch to spread it over threads.
+        small = tensor and size * elements < _SPREAD * rows
+        telling = spent > (10 * _THREADS if small else _THREADS)
+        if not useful and (spent > _SURE or (sure and telling)):
+            useful = _useful(used / spent)
+        if useful and left > worth:
+            team = min(workers, useful, rows - done)
             if team > 1:
                 _together(work, _cut(done, rows, int(_BLOCK / spent * size), team), team, left, processes)
                 return
@@ -114,7 +121,7 @@ def _useful(busy: float) -> int:
     Those that wait, as for files, may be many more than there are cores; a function that spreads itself over the cores,
     as many of torch's do, has no use for helpers.
     """
-    return round(cores() / max(busy, 1e-3))
+    return max(1, round(cores() / max(busy, 1e-3)))
 
 
 def _cut(start: int, stop: int, size: int, workers: int) -> list[tuple[int, int]]:

@@ -26,9 +26,8 @@ _PROCESS_WITH_TORCH = 1.6  # the same with torch
 _LIMITS = 2.7e-3  # to find the libraries of kernels that have threads of their own
 
 _BLOCK = 1e-3  # seconds that a block should take: about a hundred times what it costs to hand it out
-_SURE = 0.02  # a first or small block that takes so long is telling, and was not just interrupted
+_SURE = 0.02  # a first block that takes so long was not just interrupted
 _FIRST = 2**15  # elements of the first block at most, which lie in a core's own cache
-_SPREAD = 2**16  # elements that torch spreads over two threads at least, which get 2**15 each
 _PARTS = 64  # the first block is at most such a part of the whole, for the others wait for it
 _SHARE = 4  # blocks for each worker at least, so that a slow worker can take fewer
 
@@ -55,7 +54,8 @@ def map(
     Args:
         fn: is called several times, in no order. It should not write to its block, unless `out` is the array itself.
         array: a NumPy array, or a tensor in main memory; of any strides. Read-only arrays are read.
-        workers: threads or processes that work at the same time, the calling thread included.
+        workers: threads or processes that work at the same time, the calling thread included. torch uses one thread in
+            each of them.
         axis: of the rows.
         backend: "threads" for functions that release the GIL, as NumPy's and torch's do, or that wait; "processes" for
             those of Python: input and results are in memory that the processes share, and `fn` is sent by cloudpickle.
@@ -72,7 +72,8 @@ def map(
     position = _checked(array, workers, axis, backend, out)
     processes = backend == "processes"
     work = Work(fn, array, position, out, shareable=processes)
-    with _without_gradients(array):
+    alone = one_thread_each(blas=False) if is_tensor(array) else nullcontext()
+    with alone, _without_gradients(array):
         if work.rows == 0:
             work.do(0, 0)
         else:
@@ -86,15 +87,13 @@ def map(
 def _work_through(work: Work, workers: int, processes: bool) -> None:
     """Does block after block, alone or, as soon as that is faster, with helpers."""
     rows, done = work.rows, 0
-    tensor, elements = is_tensor(work.array), max(1, math.prod(work.array.shape))
-    worth = 10 * _THREADS if not processes else 6 * (_PROCESS_WITH_TORCH if tensor else _PROCESS)
-    size = max(1, min(_FIRST * rows // elements, rows // _PARTS))
-    useful = 0  # workers; 0 until it is known
+    worth = 10 * _THREADS if not processes else 6 * (_PROCESS_WITH_TORCH if is_tensor(work.array) else _PROCESS)
+    size = max(1, min(_FIRST * rows // max(1, math.prod(work.array.shape)), rows // _PARTS))
     each = math.inf  # seconds of a row: the least seen, for other programs only ever make it more
     while done < rows:
-        began, used = time.perf_counter(), time.process_time()
+        began, used = time.perf_counter(), time.thread_time()
         work.do(done, done + size)
-        spent, used = time.perf_counter() - began, time.process_time() - used
+        spent, used = time.perf_counter() - began, time.thread_time() - used
         sure = done > 0
         done += size
         each = min(each, spent / size)
@@ -102,13 +101,9 @@ def _work_through(work: Work, workers: int, processes: bool) -> None:
         if done < rows and left < _THREADS:
             work.do(done, rows)
             return
-        # A block that takes less may be mostly the cost of a call, or be too small for torch to spread it over threads.
-        small = tensor and size * elements < _SPREAD * rows
-        telling = spent > (10 * _THREADS if small else _THREADS)
-        if not useful and (spent > _SURE or (sure and telling)):
-            useful = _useful(used / spent)
-        if useful and left > worth:
-            team = min(workers, useful, rows - done)
+        # A block that takes less may be mostly the cost of a call.
+        if left > worth and (spent > _SURE or (sure and spent > _THREADS)):
+            team = min(workers, _useful(used / spent), rows - done)
             if team > 1:
                 _together(work, _cut(done, rows, int(_BLOCK / spent * size), team), team, left, processes)
                 return
@@ -116,10 +111,9 @@ def _work_through(work: Work, workers: int, processes: bool) -> None:
 
 
 def _useful(busy: float) -> int:
-    """How many workers keep the cores busy, where one alone keeps `busy` of them busy.
+    """How many workers keep the cores busy, where one alone is busy that part of the time.
 
-    Those that wait, as for files, may be many more than there are cores; a function that spreads itself over the cores,
-    as many of torch's do, has no use for helpers.
+    There may be many more that wait, as for files, than there are cores.
     """
     return max(1, round(cores() / max(busy, 1e-3)))
 

@@ -74,7 +74,8 @@ def _tag(chunk: int, n: int) -> int:
 def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iterator[Any]:
     """The outputs of all chunks in their order, computed here or received."""
     ready: dict[int, list[Tensor]] = {}
-    form: Any = None
+    # Of all chunks, for this rank may compute none.
+    form = work.prediction.form(work.example)
     following = 0
     mine: int | None = claims.claim()
     try:
@@ -87,7 +88,6 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
                 if found is None:
                     mine = None
                     continue
-                form = found[0]
                 if work.gives:
                     ready[mine] = [t.cpu() for t in found[1]]
                 mine = claims.claim()

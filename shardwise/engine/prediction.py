@@ -44,6 +44,9 @@ class Prediction(Protocol):
         The rank that hands out has the tensors; others may have none.
         """
 
+    def form(self, example: Batch) -> Any:
+        """The form of outputs, found on this rank alone."""
+
     def check(self, samples: int) -> None:
         """Check that a chunk of so many samples can be computed.
 
@@ -144,6 +147,9 @@ class ModulePrediction:
             output = self._call(batch)
         return checked(output)
 
+    def form(self, example: Batch) -> Any:
+        return self.outputs(0, example)[0]
+
     def check(self, samples: int) -> None:
         pass
 
@@ -179,6 +185,9 @@ class GraphPrediction:
             found = forward.outputs(share, random.stream(self._seed, chunk, _KEY), wanted=self._gives)
         self._mesh.recorder.take()
         return self._form, found
+
+    def form(self, example: Batch) -> Any:
+        return self._form
 
     def check(self, samples: int) -> None:
         self._forward_for(samples).feeder.check(samples)

@@ -12,7 +12,7 @@ from shardwise.engine.chunks import Chunks
 from shardwise.engine.launch import Place
 from shardwise.engine.prediction import Prediction, Replica, build
 from shardwise.engine.train import check_alike
-from shardwise.job import Job
+from shardwise.job import Batch, Job
 from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import Plan
 
@@ -25,12 +25,15 @@ class Work:
         replica: the ranks that compute each chunk together.
         chunks: the samples.
         gives: whether this rank hands outputs out.
+        prediction: the model as it predicts.
+        example: a few samples.
     """
 
     replica: Replica
     chunks: Chunks
     gives: bool
     prediction: Prediction
+    example: Batch
 
     @classmethod
     def on(cls, job: Job, plan: Plan, dtype: torch.dtype | None, place: Place) -> Work | None:
@@ -49,7 +52,7 @@ class Work:
             prediction.check(samples)
         place.backend.reset_peak_memory()  # gives what was needed to build the model back
         replica = Replica.of(plan, place.rank)
-        return cls(replica, chunks, replica.giver == place.rank, prediction)
+        return cls(replica, chunks, replica.giver == place.rank, prediction, example)
 
     def compute(self, chunk: int) -> tuple[Any, list[Tensor]] | None:
         """The form and the tensors of a chunk's output; None where there is no such chunk."""

@@ -81,7 +81,10 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
     try:
         while work.chunks.count is None or following < work.chunks.count:
             if following not in ready and store.check([f"note/{following}"]):
-                ready[following] = _receive(following, store, place)
+                received = _receive(following, store, place)
+                if received is None:  # another rank saw the end of the data
+                    break
+                ready[following] = received
             elif following not in ready and mine is not None and mine < following + claims.window:
                 claims.tell(mine)
                 found = work.compute(mine)
@@ -121,12 +124,12 @@ def _await_others(store: dist.Store, place: Place) -> None:
         store.wait([f"done/{rank}" for rank in range(1, place.world)], FOREVER)
 
 
-def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor]:
-    """The tensors of a chunk, on the CPU; none of one that nobody computes."""
+def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor] | None:
+    """The tensors of a chunk, on the CPU; None of one that nobody computes."""
     note = store.get(f"note/{chunk}").decode()
     store.delete_key(f"note/{chunk}")
     if not note:
-        return []
+        return None
     source, said = json.loads(note)
     found = []
     for n, (shape, name) in enumerate(said):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import random
 import sys
 import zlib
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from shardwise.errors import JobError, SpecError
+from shardwise.weights.bare import build_bare, drawing, kept_buffers
+from shardwise.weights.files import WeightFiles
+from shardwise.weights.fill import Weights
 
 Batch = Any
 """A dict, tuple, list or tensor of tensors, batch dimension first."""
@@ -28,6 +32,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
 Precision = Literal["fp32", "bf16"]
 PRECISIONS = ("fp32", "bf16")
 L = TypeVar("L")
+_LOG = logging.getLogger(__name__)
 
 
 def adamw(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -50,6 +55,10 @@ class Job:
         seed: of the initial weights, the order of the data and dropout.
         collate: turns a list of samples into a batch; None means torch's `default_collate`.
         name: what reports call it; None means the model's class.
+        weights: a safetensors file, or a folder of them with their index, that has the model's parameters and saved
+            buffers; None means that `model` and `seed` make them.
+        weights_names: the name in `weights` of a name of the model's, where it is another. Tensors that it does not
+            name are then not read; without it there must be none.
 
     Raises:
         JobError: a field is out of range.
@@ -65,6 +74,8 @@ class Job:
     seed: int = 0
     collate: Callable[[list[Any]], Batch] | None = None
     name: str | None = None
+    weights: Path | str | None = None
+    weights_names: Callable[[str], str] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.model) or isinstance(self.model, nn.Module):
@@ -78,19 +89,55 @@ class Job:
             raise JobError(f"precision must be one of {', '.join(PRECISIONS)}, but is {self.precision!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise JobError(f"clip_norm must be positive or None, but is {self.clip_norm!r}")
+        if self.weights is not None and not isinstance(self.weights, (str, Path)):
+            raise JobError(f"weights must be the path of a file or folder, but is {type(self.weights).__name__}")
 
     def with_(self, **changes: Any) -> Job:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The module on `device`, its initial weights drawn from `seed`.
+        """The module on `device`, its initial weights drawn from `seed`, or read from `weights`; on `meta` without any.
 
         Raises:
             JobError: the function does not return a module, or the module has no parameters.
+            WeightsError: the weights cannot be read, or are not those of this module.
         """
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(self.seed)
+        if torch.device(device).type == "meta":
+            return self._built(device)
+        module, weights = self.bare(device)
+        if weights is not None:
+            weights.fill(module, dict(module.named_parameters()), device)
+        return module
+
+    def bare(self, device: torch.device | str = "cpu") -> tuple[nn.Module, Weights | None]:
+        """The module with its parameters on `meta`, and what reads them from `weights`; other tensors have their values.
+
+        Without `weights` the module is whole, and there is nothing to read. So too where it cannot be built without its
+        parameters, which a warning in the log says.
+
+        Raises:
+            JobError, WeightsError: as `build`.
+        """
+        if self.weights is None:
+            return self._built(device), None
+        files = WeightFiles(self.weights)
+        module, why = build_bare(self.model, self.seed, device)
+        if module is None:
+            _LOG.warning("%s is built whole before its weights are read, because %s", self.title(), why)
+            whole = self._built(device)
+            self._weights(whole, files).fill(whole)
+            return whole, None
+        weights = self._weights(module, files)
+        weights.fill(module, kept_buffers(module), device)
+        return module, weights
+
+    def _weights(self, module: nn.Module, files: WeightFiles) -> Weights:
+        return Weights(module, files, self.weights_names, model=type(module).__name__)
+
+    def _built(self, device: torch.device | str) -> nn.Module:
+        """The module as the function makes it."""
+        with drawing(self.seed, device):
             module = self.model()
         if not isinstance(module, nn.Module):
             raise JobError(f"model() must return an nn.Module, but returned {type(module).__name__}")

@@ -1,0 +1,1 @@
+"""Weights: safetensors files, read part by part and written whole."""

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it one is chosen")
     train.add_argument("--steps", type=positive, default=100, metavar="N", help="updates (100)")
     _batch_option(train)
-    train.add_argument("--save", type=Path, metavar="FILE", help="write the trained weights, as torch.load reads them")
+    train.add_argument("--save", type=Path, metavar="FILE", help="write the trained weights (.safetensors or .pt)")
     train.add_argument("--logs", type=Path, metavar="DIR", help="folder of the ranks' logs (kept only on failure)")
 
     predict = command("predict", _predict, "compute the outputs of a job's model for the samples of a file")

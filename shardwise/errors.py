@@ -44,6 +44,8 @@ class ArrayError(UserError):
 
 class FileError(UserError):
     """A file of inputs or outputs that cannot be read or written, or does not fit the job."""
+
+
 class WeightsError(UserError):
     """Weights that cannot be read or written, or that are not those of the model."""
 

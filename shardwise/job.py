@@ -111,7 +111,7 @@ class Job:
         return module
 
     def bare(self, device: torch.device | str = "cpu") -> tuple[nn.Module, Weights | None]:
-        """The module with its parameters on `meta`, and what reads them from `weights`; other tensors have their values.
+        """The module with its parameters on `meta`, and what reads them; its other tensors have their values.
 
         Without `weights` the module is whole, and there is nothing to read. So too where it cannot be built without its
         parameters, which a warning in the log says.

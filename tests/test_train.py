@@ -26,7 +26,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from shardwise.engine.progress import Progress, Run, counted
 from shardwise.engine.train import Result, batches, permutation, run_steps, train
-from shardwise.errors import JobError, LaunchError, PlanError, RunError
+from shardwise.errors import JobError, PlanError, RunError, WeightsError
 from shardwise.graph.capture import LossModule
 from shardwise.job import Job, batch_tensors, digest
 from shardwise.machine.backend import Backend
@@ -296,7 +296,7 @@ def test_no_plan_splits_the_batch(capfd: pytest.CaptureFixture[str]) -> None:
 @slow
 def test_weights_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LaunchError, match=r"weights cannot be written to .*file/weights\.pt"):
+    with pytest.raises(WeightsError, match=r"weights cannot be written to .*file/weights\.pt"):
         train(job(), Plan(), steps=1, save=tmp_path / "file" / "weights.pt", progress=False)
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("shardwise-")] == ["file"]
 

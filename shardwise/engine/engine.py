@@ -32,6 +32,7 @@ from shardwise.parallel.reduction import Reduction
 from shardwise.parallel.schedule import actions
 from shardwise.parallel.sharded import Resharding
 from shardwise.plan.plan import Plan
+from shardwise.weights.fill import Weights
 
 
 class GraphEngine(Engine):
@@ -56,7 +57,9 @@ class GraphEngine(Engine):
         self.device = backend.device(_local_rank())
         self.job, self.plan = job, plan
         borrowed = module is not None
-        module = module if module is not None else job.build()
+        weights: Weights | None = None
+        if module is None:
+            module, weights = job.bare()
         dtypes: dict[torch.dtype, torch.dtype] = {}
         if dtype is not None:
             module = lift(module, dtype)
@@ -75,8 +78,10 @@ class GraphEngine(Engine):
         self.model = RankModel(
             self.split, self.device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None
         )
-        self.model.load(module, frees=not borrowed)
+        self.model.load(module, frees=not borrowed, weights=weights, later=True)
         self._reduction = Reduction(self.model)
+        if weights is not None:
+            weights.fill(module, [n for n, _ in module.named_parameters() if n not in graph.params])
         self._whole = Whole(module, self._reduction)
         self.optimizer, self.scheduler = self._make_optimizer(module)
         self._feeder = Feeder(self.split, self.device, dtype)

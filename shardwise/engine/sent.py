@@ -7,7 +7,7 @@ from typing import Any
 
 from shardwise.job import Job, load_spec
 
-_SETTINGS = ("global_batch", "precision", "clip_norm", "seed", "name")
+_SETTINGS = ("global_batch", "precision", "clip_norm", "seed", "name", "weights")
 
 
 @dataclass(frozen=True)

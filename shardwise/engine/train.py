@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import os
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,17 +15,17 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from shardwise.engine.launch import Place, joined, launched, run_ranks
 from shardwise.engine.progress import Progress, Run, counted, median
 from shardwise.engine.sent import Sent
-from shardwise.errors import JobError, LaunchError, PlanError, RunError
+from shardwise.errors import JobError, PlanError, RunError
 from shardwise.job import Batch, Job, digest, seeded
 from shardwise.machine.backend import Backend, cores
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
+from shardwise.weights.save import save_weights
 
 if TYPE_CHECKING:
     from shardwise.engine.base import Engine
@@ -116,7 +113,8 @@ def train(
         ranks: how many local ranks to start; None means those of the plan, or one for each device or core.
         spec: where given, each rank loads the job from this SPEC instead of receiving it from this process.
         log_dir: gets a log per rank; None means a temporary directory that is kept only on failure.
-        save: gets the weights at the end, in the user's names and shapes, for `torch.load(..., weights_only=True)`.
+        save: gets the weights at the end, in the user's names and shapes: a `.safetensors` file, which
+            `Job(weights=...)` reads, or another, for `torch.load(..., weights_only=True)`.
         progress: whether rank 0 prints a progress line.
         threads: of each rank; None means the cores divided by the ranks of this machine.
 
@@ -183,7 +181,9 @@ def _rank(task: _Task) -> Result:
 def _train_here(job: Job, plan: Plan, steps: int, progress: Progress, save: Path | None, place: Place) -> Result:
     engine, result = train_engine(job, plan, steps, progress, place)
     if save is not None:
-        _save(engine.state_dict(), save, place)
+        state = engine.state_dict()
+        if not place.rank:
+            save_weights(state, save)
     return result
 
 
@@ -293,26 +293,6 @@ def _of_each_rank(number: int, place: Place) -> tuple[int, ...]:
     all_ = [torch.empty_like(mine) for _ in range(place.world)]
     dist.all_gather(all_, mine)
     return tuple(int(n) for n in all_)
-
-
-def _save(state: dict[str, Tensor], path: Path, place: Place) -> None:
-    """Writes the weights whole or not at all."""
-    if place.rank:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                torch.save({name: tensor.detach().cpu() for name, tensor in state.items()}, file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise LaunchError(f"the weights cannot be written to {path}: {error.strerror}; give another path") from error
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

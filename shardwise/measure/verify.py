@@ -188,7 +188,7 @@ def _on_one_device(job: Job, dtype: torch.dtype, steps: int, folder: Path, spec:
             raise ProofError(f"{job.title()} does not run on one device: {_line(again)}") from again
     kept = folder / "one-device.pt"
     torch.save(trace.__dict__, kept)
-    settings = {key: getattr(job, key) for key in ("global_batch", "precision", "clip_norm", "seed", "name")}
+    settings = {key: getattr(job, key) for key in ("global_batch", "precision", "clip_norm", "seed", "name", "weights")}
     return _Task(None if spec else job, spec, settings, dtype, steps, kept), note
 
 

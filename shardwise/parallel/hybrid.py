@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shardwise.errors import PlanError
@@ -20,6 +21,7 @@ from shardwise.parallel.micro import Early, early_values, time_axis
 from shardwise.parallel.recompute import check_blocks
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
+from shardwise.weights.files import Ranges, runs
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,13 @@ class Split:
         for a, (axis, cut, sizes) in self._cuts(value):
             local = take(local, axis, cut.pos, self._param_lead(value, cut, a), sizes)
         return local.contiguous()
+
+    def ranges(self, value: Value, shape: Sequence[int]) -> list[Ranges]:
+        """The entries of each position of a whole parameter that this rank's part has, as `shard` cuts it."""
+        kept = [torch.arange(n) for n in shape]
+        for a, (axis, cut, sizes) in self._cuts(value):
+            kept[cut.pos] = take(kept[cut.pos], axis, 0, self._param_lead(value, cut, a), sizes)
+        return [runs(indices) for indices in kept]
 
     def unshard(self, value: Value, local: Tensor) -> Tensor:
         """The whole parameter from the parts of all ranks."""

@@ -26,6 +26,8 @@ from shardwise.parallel.program import Emitter, Program, attribute_name
 from shardwise.parallel.recompute import in_segments
 from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket, gather_in
+from shardwise.weights.files import Ranges, count, within
+from shardwise.weights.fill import Weights
 
 
 class RankModel:
@@ -48,6 +50,8 @@ class RankModel:
     ) -> None:
         self.split, self.device, self.autocast = split, device, autocast
         self._dtypes = dtypes or {}
+        self._weights: Weights | None = None
+        self._ranges: dict[str, list[Ranges]] = {}
         self.params: dict[str, nn.Parameter] = {}
         self.buffers: dict[str, Tensor] = {}
         self._renewed: dict[str, Tensor] = {}
@@ -85,14 +89,32 @@ class RankModel:
         ]
         return list(dict.fromkeys([*read, *made, *self.travels]))
 
-    def load(self, module: nn.Module, *, frees: bool = False) -> None:
-        """Take this rank's part of the parameters, and the buffers, of a whole module.
+    def load(
+        self, module: nn.Module, *, frees: bool = False, weights: Weights | None = None, later: bool = False
+    ) -> None:
+        """Take this rank's part of the parameters, and the buffers, of a whole module; or of files.
 
         Args:
-            module: whole.
+            module: whole, but for parameters on `meta` where there are weights.
             frees: lets go of the module's own parameters one by one, but for their shapes.
+            weights: reads this rank's part of the parameters, and nothing else of them.
+            later: leaves the parameters on `meta`; `fill` and `entries` read them.
         """
         named = dict(module.named_parameters(remove_duplicate=False))
+        if weights is not None:
+            self._load_parts(named, weights)
+        else:
+            self._cut_parts(named, frees)
+        used = self.used_buffers
+        for name, buffer in module.named_buffers(remove_duplicate=False):
+            if name in used:
+                self.buffers[name] = buffer.detach().to(self.device).clone()
+        if weights is not None and not later:
+            for name in self.used:
+                self.fill(name)
+        self.bind()
+
+    def _cut_parts(self, named: Mapping[str, nn.Parameter], frees: bool) -> None:
         left = Counter(named[name] for name in self.used)
         for name in self.used:
             param = named[name]
@@ -101,11 +123,38 @@ class RankModel:
             left[param] -= 1
             if frees and not left[param]:
                 let_go(param)
-        used = self.used_buffers
-        for name, buffer in module.named_buffers(remove_duplicate=False):
-            if name in used:
-                self.buffers[name] = buffer.detach().to(self.device).clone()
-        self.bind()
+
+    def _load_parts(self, named: Mapping[str, nn.Parameter], weights: Weights) -> None:
+        self._weights = weights
+        for name in self.used:
+            param = named[name]
+            self._ranges[name] = self.split.ranges(self.split.graph.params[name], param.shape)
+            local = torch.empty([count(dim) for dim in self._ranges[name]], dtype=param.dtype, device="meta")
+            self.params[name] = nn.Parameter(local, requires_grad=param.requires_grad)
+
+    def fill(self, name: str) -> nn.Parameter:
+        """This rank's part of a parameter, read now if it has not been; `bind` gives it to the programs."""
+        param = self.params[name]
+        if param.is_meta:
+            local = self._read(name, self._ranges[name])
+            self.params[name] = nn.Parameter(local, requires_grad=param.requires_grad)
+        return self.params[name]
+
+    def entries(self, name: str, low: int, high: int) -> Tensor:
+        """Entries `low` to `high` of this rank's part of a parameter laid out flat; no more than their rows is read."""
+        param = self.params[name]
+        if not param.is_meta:
+            return param.detach().reshape(-1)[low:high]
+        if not param.ndim:
+            return self._read(name, []).reshape(-1)[low:high]
+        row = max(param[:1].numel(), 1)
+        first, last = low // row, -(-high // row)
+        rows, *rest = self._ranges[name]
+        return self._read(name, [within(rows, first, last), *rest]).reshape(-1)[low - first * row : high - first * row]
+
+    def _read(self, name: str, ranges: Sequence[Ranges]) -> Tensor:
+        assert self._weights is not None
+        return self._weights.read(name, ranges).to(self.device, self.params[name].dtype)
 
     def share(self, other: RankModel) -> None:
         """Take the parameters and buffers of a model that is split alike."""

@@ -37,20 +37,19 @@ class Reduction:
         self.plain: dict[str, nn.Parameter] = {}
         flat: list[tuple[str, nn.Parameter, Axis, tuple[Axis, ...]]] = []
         sums: dict[str, tuple[Axis, ...]] = {}
-        for name, param in model.params.items():
+        for name, param in list(model.params.items()):
             axes = self.split.sums(self._params[name]) if param.requires_grad else ()
             cutting = next((axis for axis in data if axis in axes), None)
             if self.plan.zero and cutting is not None and name not in self._stage_ranks:
                 flat.append((name, param, cutting, tuple(a for a in axes if a is not cutting)))
             else:
-                self.plain[name] = param
+                self.plain[name] = model.fill(name)
                 sums[name] = axes
         limit, first = self.plan.bucket_bytes, FIRST_BYTES if self.plan.zero < 3 else None
-        self.buckets: list[FlatBucket] = make_buckets(flat, self._block_of, limit, first)
+        self.buckets: list[FlatBucket] = make_buckets(flat, self._block_of, limit, first, model.entries)
         self.where = {n: (b, i) for b in self.buckets for i, n in enumerate(b.names)}
         trained = [(p, sums[n]) for n, p in self.plain.items() if p.requires_grad]
         self.summed = summed_buckets(trained, limit)
-        use = {p: i for i, p in enumerate(model.params.values())}
         scattered: list[ScatteredBucket] = []
         if self.plan.zero == 3:
             model.gather_buckets(self.buckets)
@@ -59,6 +58,8 @@ class Reduction:
             scattered = [
                 ScatteredBucket(b, [model.params[n] for n in b.names], frees=self.plan.zero == 2) for b in self.buckets
             ]
+        model.bind()
+        use = {p: i for i, p in enumerate(model.params.values())}
         # One queue for all, because some share a group. A bucket is full when its first used parameter is reached.
         full = sorted([*self.summed, *scattered], key=lambda bucket: -min(use[p] for p in bucket.params))
         self.sync = GradientSync(full)
@@ -83,7 +84,7 @@ class Reduction:
             low = bucket.axis.rank * part
             bucket.shard.data = full[low : low + part]
             for i, (name, view) in enumerate(zip(bucket.names, bucket.views(full), strict=True)):
-                self.model.params[name].data = view
+                self.model.params[name] = nn.Parameter(view)
                 a, b = bucket.span(i)
                 if b > a:
                     bucket.pieces[name].data = bucket.shard.data[a:b]

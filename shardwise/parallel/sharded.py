@@ -147,6 +147,7 @@ def make_buckets(
     groups: Callable[[str], Hashable],
     limit: int,
     first: int | None = None,
+    entries: Callable[[str, int, int], Tensor] | None = None,
 ) -> list[FlatBucket]:
     """Buckets of parameters that are used together, in the order in which backward reaches them.
 
@@ -155,7 +156,10 @@ def make_buckets(
         groups: the block that a parameter belongs to; a bucket holds parameters of one block.
         limit: bytes of a bucket, about.
         first: bytes of the first bucket, where it is to be smaller than the others.
+        entries: gives entries of a parameter laid out flat, by name, from one number to another; None takes its own.
     """
+    own = {name: param for name, param, _, _ in params}
+    taken = entries or (lambda name, low, high: own[name].detach().reshape(-1)[low:high])
     runs: list[tuple[Any, list[tuple[str, nn.Parameter]]]] = []
     for name, param, axis, also in reversed(params):
         key = (groups(name), axis, also, param.dtype)
@@ -166,25 +170,29 @@ def make_buckets(
     for (_, axis, also, _), members in runs:
         sizes = [p.numel() * p.element_size() for _, p in members]
         for chunk in by_size(sizes, limit, limit if found or first is None else first):
-            found.append(_bucket([members[i] for i in reversed(chunk)], axis, also))
+            found.append(_bucket([members[i] for i in reversed(chunk)], axis, also, taken))
     return found
 
 
-def _bucket(members: Sequence[tuple[str, nn.Parameter]], axis: Axis, also: tuple[Axis, ...]) -> FlatBucket:
+def _bucket(
+    members: Sequence[tuple[str, nn.Parameter]],
+    axis: Axis,
+    also: tuple[Axis, ...],
+    entries: Callable[[str, int, int], Tensor],
+) -> FlatBucket:
     starts, at = [], 0
     for _, param in members:
         starts.append(at)
         at += param.numel()
     length = -(-at // axis.size) * axis.size
-    flat = members[0][1].new_zeros(length)
-    for start, (_, param) in zip(starts, members, strict=True):
-        flat[start : start + param.numel()] = param.detach().reshape(-1)
     part = length // axis.size
-    shard = nn.Parameter(flat[axis.rank * part : (axis.rank + 1) * part].clone())
+    shard = nn.Parameter(entries(members[0][0], 0, 0).new_zeros(part))
     bucket = FlatBucket([n for n, _ in members], [p.shape for _, p in members], starts, length, axis, also, shard)
     for i, (name, _) in enumerate(members):
         low, high = bucket.span(i)
         if high > low:
+            first = axis.rank * part + low - starts[i]
+            shard.data[low:high] = entries(name, first, first + high - low)
             bucket.pieces[name] = nn.Parameter(shard.detach()[low:high])
     return bucket
 

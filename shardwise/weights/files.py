@@ -79,7 +79,7 @@ class WeightFiles:
         """
         entry = self.entries[name]
         kept = [tuple(r) for r in ranges] if ranges is not None else [((0, n),) for n in entry.shape]
-        shape = tuple(sum(b - a for a, b in dim) for dim in kept)
+        shape = tuple(map(count, kept))
         assert tuple(out.shape) == shape, (name, tuple(out.shape), shape)
         self.asked += out.numel() * entry.dtype.itemsize
         if not out.numel():
@@ -117,28 +117,28 @@ class WeightFiles:
             base = sum(i * stride for i, stride in zip(index, strides, strict=True))
             for a, b in kept[dim]:
                 offset = entry.start + (base + a * run) * size
-                count = (b - a) * math.prod(inner)
+                taken = (b - a) * math.prod(inner)
                 if not cut_later:
-                    self._fetch(entry, descriptor, offset, room[at * size : (at + count) * size])
+                    self._fetch(entry, descriptor, offset, room[at * size : (at + taken) * size])
                 else:
                     block = torch.empty((b - a, *shape[dim + 1 :]), dtype=entry.dtype)
                     self._fetch(entry, descriptor, offset, data_of(block))
                     for d in cut_later:
                         block = torch.cat([block.narrow(d - dim, lo, hi - lo) for lo, hi in kept[d]], d - dim)
-                    flat[at : at + count].view(b - a, *inner).copy_(block)
-                at += count
+                    flat[at : at + taken].view(b - a, *inner).copy_(block)
+                at += taken
 
     def _fetch(self, entry: Entry, descriptor: int, offset: int, room: memoryview) -> None:
         """Fill `room` with the bytes of a file from `offset` on."""
         while len(room):
             try:
-                count = os.preadv(descriptor, [room], offset)
+                got = os.preadv(descriptor, [room], offset)
             except OSError as error:
                 raise WeightsError(f"{entry.file} cannot be read: {error.strerror}; see to its disk") from error
-            if not count:
+            if not got:
                 raise changed(entry.file)
-            self.fetched += count
-            room, offset = room[count:], offset + count
+            self.fetched += got
+            room, offset = room[got:], offset + got
 
 
 def runs(indices: Tensor) -> list[tuple[int, int]]:
@@ -149,6 +149,11 @@ def runs(indices: Tensor) -> list[tuple[int, int]]:
     starts = torch.cat([indices[:1], indices[breaks + 1]]).tolist()
     stops = torch.cat([indices[breaks], indices[-1:]]).tolist()
     return [(a, b + 1) for a, b in zip(starts, stops, strict=True)]
+
+
+def count(ranges: Ranges) -> int:
+    """How many entries ranges have."""
+    return sum(b - a for a, b in ranges)
 
 
 def within(ranges: Ranges, first: int, last: int) -> Ranges:
@@ -168,4 +173,4 @@ def _indices(ranges: Ranges) -> Iterator[int]:
 
 def _gap(ranges: Ranges, shape: Sequence[int], dim: int) -> float:
     """Elements between two parts along a dim, on average."""
-    return (shape[dim] - sum(b - a for a, b in ranges)) / len(ranges) * math.prod(shape[dim + 1 :])
+    return (shape[dim] - count(ranges)) / len(ranges) * math.prod(shape[dim + 1 :])

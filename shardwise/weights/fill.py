@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shardwise.errors import WeightsError
 from shardwise.weights.bare import kept_buffers
-from shardwise.weights.files import Ranges, WeightFiles
+from shardwise.weights.files import Ranges, WeightFiles, count
 
 Rename = Callable[[str], str]
 _SHOWN = 3
@@ -40,7 +40,8 @@ class Weights:
             tied.setdefault(id(tensor), []).append(name)
         look = rename or (lambda name: name)
         for names in tied.values():
-            self._sources |= dict.fromkeys(names, [s for s in dict.fromkeys(map(look, names)) if s in files.entries])
+            found = [source for source in dict.fromkeys(map(look, names)) if source in files.entries]
+            self._sources |= dict.fromkeys(names, found)
         known = None if rename else tensors.keys()
         self._check([names[0] for names in tied.values()], known, model)
 
@@ -52,7 +53,7 @@ class Weights:
         Raises:
             WeightsError: it is tied, and the files have several values of it that differ.
         """
-        shape = self._shapes[name] if ranges is None else [sum(b - a for a, b in dim) for dim in ranges]
+        shape = self._shapes[name] if ranges is None else [count(dim) for dim in ranges]
         out = torch.empty(shape, dtype=self._dtypes[name], device="cpu")
         self._read(name, out, ranges)
         return out
@@ -67,11 +68,11 @@ class Weights:
             if not tensor.is_meta:
                 self._read(name, tensor.data, None)
             elif tensor.dtype != self._dtypes[name]:
-                _put(tensor, self.read(name).to(device, tensor.dtype))
+                _put(module, tensor, self.read(name).to(device, tensor.dtype))
             else:
                 value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 self._read(name, value, None)
-                _put(tensor, value)
+                _put(module, tensor, value)
 
     def _read(self, name: str, out: Tensor, ranges: Sequence[Ranges] | None) -> None:
         first, *others = self._sources[name]
@@ -100,7 +101,7 @@ class Weights:
             )
 
     def _unlike(self, name: str) -> str:
-        """How the files' tensor differs from the module's in shape or kind of number; an empty string if it does not."""
+        """How the files' tensor differs from the module's in shape or kind of number; empty where it does not."""
         for source in self._sources[name]:
             entry = self.files.entries[source]
             if entry.shape != self._shapes[name]:
@@ -115,11 +116,16 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(remove_duplicate=False)) | kept_buffers(module)
 
 
-def _put(tensor: Tensor, value: Tensor) -> None:
-    """Make a tensor on `meta` this value, wherever it is referred to."""
+def _put(module: nn.Module, tensor: Tensor, value: Tensor) -> None:
+    """Make a module's tensor on `meta` this value, wherever it is referred to."""
     new = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     new.__dict__.update(tensor.__dict__)
-    torch.utils.swap_tensors(tensor, new)
+    try:
+        torch.utils.swap_tensors(tensor, new)
+    except RuntimeError:  # it has weak references, as recurrent layers hold; they follow what is set
+        for part in module.modules():
+            for name in [n for n, t in (*part._parameters.items(), *part._buffers.items()) if t is tensor]:
+                setattr(part, name, new)
 
 
 def _kind(dtype: torch.dtype) -> str:

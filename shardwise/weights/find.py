@@ -89,6 +89,6 @@ def _check_place(file: Path, folder: Path) -> None:
         root = root.parent.parent
     real = Path(os.path.realpath(file))
     if not real.is_relative_to(root):
-        raise WeightsError(f"{file} is a link to {real}, out of {root}; copy the file into the folder, or name it itself")
+        raise WeightsError(f"{file} is a link to {real}, out of {root}; copy the file there, or give its own path")
     if not real.is_file():
         raise WeightsError(f"{file} is no file")

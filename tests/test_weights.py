@@ -364,8 +364,17 @@ def _stages(job: Job, **rest: object) -> Plan:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "llama", "tied_lm", "convnet_bn", "moe_mlp", "frozen_lm"])
-@pytest.mark.parametrize("files", [one_file, several_files])
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("gpt2", one_file),
+        ("llama", several_files),
+        ("tied_lm", several_files),
+        ("convnet_bn", one_file),
+        ("moe_mlp", one_file),
+        ("frozen_lm", one_file),
+    ],
+)
 def test_ranks_compute_what_one_device_does_with_the_file(
     name: str, files: Callable[[Job, Path], Path], tmp_path: Path, pool: Pool
 ) -> None:
@@ -397,7 +406,7 @@ def read_and_stored(job: Job, plan: Plan) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qkv_attention", "moe_mlp"])
+@pytest.mark.parametrize("name", ["gpt2", "qkv_attention", "moe_mlp"])
 def test_a_rank_reads_the_bytes_that_it_stores(name: str, tmp_path: Path, pool: Pool) -> None:
     job = ZOO[name]()
     job = job.with_(weights=one_file(job, tmp_path))
@@ -417,12 +426,15 @@ def test_a_rank_reads_the_bytes_that_it_stores(name: str, tmp_path: Path, pool: 
 def test_what_training_saved_is_what_the_next_run_begins_with(tmp_path: Path) -> None:
     job = ZOO["tied_lm"]()
     saved = tmp_path / "trained.safetensors"
-    first = train(job, Plan(axes=(tensor(),)), steps=2, save=saved, progress=False)
-    train(job, Plan(), steps=2, save=tmp_path / "trained.pt", progress=False)
+    plan = Plan(axes=(tensor(),))
+    first = train(job, plan, steps=2, save=saved, progress=False)
+    train(job, plan, steps=2, save=tmp_path / "trained.pt", progress=False)
     assert not [p.name for p in tmp_path.iterdir() if p.suffix not in (".safetensors", ".pt")], "no parts are left"
     state = torch.load(tmp_path / "trained.pt", weights_only=True)
     again = job.with_(weights=saved).build().state_dict()
-    assert all(torch.allclose(again[n], t, atol=1e-6) for n, t in state.items())
+    assert again.keys() == state.keys() and all(torch.allclose(again[n], t, atol=1e-6) for n, t in state.items())
+    begun = job.build().state_dict()
+    assert not torch.allclose(again["head.weight"], begun["head.weight"], atol=1e-6), "trained"
     second = train(job.with_(weights=saved), Plan(axes=(data(),), zero=3), steps=1, progress=False)
     assert second.losses[0] < first.losses[0]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from shardwise.engine.engine import parallelize
+from shardwise.engine.engine import GraphEngine, parallelize
 from shardwise.engine.launch import Ranks, joined
 from shardwise.job import Job
 from shardwise.measure.verify import first_batches
@@ -85,31 +85,71 @@ def job(probe: int = 0) -> Job:
     return Job(model=smollm2, data=Probed(probe), loss=projected, global_batch=_BATCH, name="SmolLM2-135M")
 
 
-def projections(plan: Plan) -> list[float]:
-    """What the split model gives for every probe."""
+def from_files(folder: Path) -> Job:
+    """The same with its weights in safetensors files, as transformers saves them, and a model that has none."""
+
+    def model() -> nn.Module:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        found: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        return found
+
+    return job().with_(model=model, weights=folder)
+
+
+def projections(plan: Plan, run: Job) -> tuple[list[float], int]:
+    """What the split model gives for every probe; and the bytes that were read from files."""
     with joined():
-        engine = parallelize(job(), plan)
-        return [engine.evaluate(first_batches(job(probe), 1)) for probe in range(_PROBES)]
+        engine = parallelize(run, plan)
+        assert isinstance(engine, GraphEngine)
+        weights = engine.model._weights
+        found = [engine.evaluate(first_batches(job(probe), 1)) for probe in range(_PROBES)]
+        return found, weights.files.fetched if weights is not None else 0
 
 
-def test_logits_on_two_ranks_are_those_of_one_device() -> None:
+@cache
+def logits() -> Tensor:
+    """Those of one device."""
     module = smollm2().eval()
     ids = torch.stack([row["input_ids"] for row in (Probed(0)[i] for i in range(_BATCH))])
     with torch.no_grad():
-        logits = module(input_ids=ids).logits
-    guessed = logits[:, :-1].argmax(-1).eq(ids[:, 1:]).double().mean()
+        found: Tensor = module(input_ids=ids).logits
+    guessed = found[:, :-1].argmax(-1).eq(ids[:, 1:]).double().mean()
     assert guessed > 0.25, "these are not the weights of a trained model"
+    return found
+
+
+def off(found: list[float]) -> float:
+    """How far projections are from those of one device, in norms of the logits."""
+    true = logits().double()
     expected = [
-        float((logits.double() * torch.stack([Probed(p)[i]["signs"] for i in range(_BATCH)])).sum())
-        for p in range(_PROBES)
+        float((true * torch.stack([Probed(p)[i]["signs"] for i in range(_BATCH)])).sum()) for p in range(_PROBES)
     ]
     # A projection of logits that are off by `e` is off by about ‖e‖.
-    scale = float(logits.double().norm())
+    return math.dist(found, expected) / math.sqrt(_PROBES) / float(true.norm())
+
+
+def test_logits_on_two_ranks_are_those_of_one_device() -> None:
     with Ranks(2, threads=1) as ranks:
         for candidate in strategies(job(), 2):
             if candidate.plan is None:
                 continue
-            found = ranks.run(projections, candidate.plan, timeout=500)[0]
-            off = math.dist(found, expected) / math.sqrt(_PROBES) / scale
-            print(f"{candidate.strategy}: logits are off by {off:.1e} of their norm")
-            assert off < 1e-5, (candidate.strategy, found, expected)
+            error = off(ranks.run(projections, candidate.plan, job(), timeout=500)[0][0])
+            print(f"{candidate.strategy}: logits are off by {error:.1e} of their norm")
+            assert error < 1e-5, candidate.strategy
+
+
+def test_ranks_that_read_slices_of_files_give_the_same_logits(tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="150MB")
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and (tmp_path / "model.safetensors.index.json").is_file()
+    whole = sum(file.stat().st_size for file in files)
+    with Ranks(2, threads=1) as ranks:
+        for candidate in strategies(from_files(tmp_path), 2):
+            if candidate.plan is None or candidate.strategy not in ("tensor", "pipeline", "zero3"):
+                continue
+            found = ranks.run(projections, candidate.plan, from_files(tmp_path), timeout=500)
+            error = off(found[0][0])
+            read = [fetched / whole for _, fetched in found]
+            print(f"{candidate.strategy}: off by {error:.1e}, read {read[0]:.2f} and {read[1]:.2f} of the files")
+            assert error < 1e-5, candidate.strategy

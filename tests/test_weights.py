@@ -22,7 +22,8 @@ from shardwise.job import Job
 from shardwise.plan.plan import Plan
 from shardwise.weights.files import PAGE, WeightFiles, runs
 from shardwise.weights.save import save_weights
-from tests.conftest import Pool, cuts, data, outcome, pipeline, tensor
+from tests.conftest import cuts, data, outcome, pipeline, tensor
+from tests.pool import Pool
 from tests.zoo import ZOO
 
 
@@ -45,7 +46,8 @@ def one_file(job: Job, folder: Path) -> Path:
 
 def several_files(job: Job, folder: Path) -> Path:
     """The weights in three files with an index."""
-    weights, placed = trained(job), {}
+    weights = trained(job)
+    placed: dict[str, str] = {}
     for i in range(3):
         names = sorted(weights)[i::3]
         save_file({name: weights[name] for name in names}, folder / f"model-{i}.safetensors")

@@ -124,7 +124,7 @@ class Split:
 
     def ranges(self, value: Value, shape: Sequence[int]) -> list[Ranges]:
         """The entries of each position of a whole parameter that this rank's part has, as `shard` cuts it."""
-        kept = [torch.arange(n) for n in shape]
+        kept = [torch.arange(n, device="cpu") for n in shape]
         for a, (axis, cut, sizes) in self._cuts(value):
             kept[cut.pos] = take(kept[cut.pos], axis, 0, self._param_lead(value, cut, a), sizes)
         return [runs(indices) for indices in kept]

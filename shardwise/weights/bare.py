@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 
-def build_bare(
-    make: Callable[[], nn.Module], seed: int, device: torch.device | str = "cpu"
-) -> tuple[nn.Module | None, str]:
+def build_bare(make: Callable[[], Any], seed: int, device: torch.device | str = "cpu") -> tuple[nn.Module | None, str]:
     """A module with its parameters on `meta`, and on `device` the buffers and other tensors of a whole one.
 
     Args:
@@ -85,7 +84,7 @@ def _parameters_on_meta() -> Iterator[None]:
         found: nn.Parameter = made[param]
         return found
 
-    handle = register_module_parameter_registration_hook(on_meta)
+    handle = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:

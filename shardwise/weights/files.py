@@ -93,7 +93,7 @@ class WeightFiles:
             for first in range(0, shape[0], step):
                 last = min(first + step, shape[0])
                 part = target[first:last]
-                block = part if at_once else torch.empty(part.shape, dtype=entry.dtype)
+                block = part if at_once else torch.empty(part.shape, dtype=entry.dtype, device="cpu")
                 self._read_block(entry, descriptor, [within(kept[0], first, last), *kept[1:]], block)
                 if not at_once:
                     part.copy_(block)
@@ -121,7 +121,7 @@ class WeightFiles:
                 if not cut_later:
                     self._fetch(entry, descriptor, offset, room[at * size : (at + taken) * size])
                 else:
-                    block = torch.empty((b - a, *shape[dim + 1 :]), dtype=entry.dtype)
+                    block = torch.empty((b - a, *shape[dim + 1 :]), dtype=entry.dtype, device="cpu")
                     self._fetch(entry, descriptor, offset, data_of(block))
                     for d in cut_later:
                         block = torch.cat([block.narrow(d - dim, lo, hi - lo) for lo, hi in kept[d]], d - dim)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -137,8 +137,10 @@ def _header(file: Path, descriptor: int, state: tuple[int, ...]) -> dict[str, En
 
 
 def _entry(name: str, described: Any, file: Path, state: tuple[int, ...], base: int) -> Entry:
-    found = described if isinstance(described, dict) else {}
-    dtype, shape, span = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
+    found: dict[str, Any] = described if isinstance(described, dict) else {}
+    dtype: Any = found.get("dtype")
+    shape: Any = found.get("shape")
+    span: Any = found.get("data_offsets")
     if not (_sizes(shape) and _sizes(span) and len(span) == 2 and isinstance(dtype, str)):
         raise ValueError(f"{name[:80]!r} has no dtype, shape and data_offsets")
     if dtype not in DTYPES:
@@ -154,7 +156,7 @@ def _sizes(found: Any) -> bool:
     return isinstance(found, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in found)
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
     """Write tensors in the format, one after the other; those of large items first, so that all are aligned.
 
     Raises:
@@ -180,4 +182,4 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 
 def data_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, to read or to write."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

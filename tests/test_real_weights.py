@@ -140,7 +140,8 @@ def test_logits_on_two_ranks_are_those_of_one_device() -> None:
 
 
 def test_ranks_that_read_slices_of_files_give_the_same_logits(tmp_path: Path) -> None:
-    model.save_pretrained(tmp_path, max_shard_size="150MB")
+    module: Any = smollm2()
+    module.save_pretrained(tmp_path, max_shard_size="150MB")
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) > 1 and (tmp_path / "model.safetensors.index.json").is_file()
     whole = sum(file.stat().st_size for file in files)

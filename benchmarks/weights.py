@@ -151,17 +151,13 @@ def _print_seconds(job: Job, chosen: dict[str, Plan]) -> None:
 
 
 def _print_peaks(job: Job, chosen: dict[str, Plan], small: Job) -> None:
-    one = max(_peaks(job, Plan(), small))
-    print(f"one rank  {one / 2**20:.0f} MiB at the peak", flush=True)
-    for name, plan in chosen.items():
-        found = _peaks(job, plan, small)
-        told = " and ".join(f"{p / 2**20:.0f}" for p in found)
-        print(f"{name:9} {told} MiB at the peak: {max(found) / one:.2f} of one rank", flush=True)
-
-
-def _peaks(job: Job, plan: Plan, small: Job) -> list[int]:
-    with Ranks(plan.ranks, threads=1) as ranks:
-        return [most for _, most in ranks.run(peak, job, plan, small)]
+    one = [0.0, 0.0]
+    for name, plan in {"one rank": Plan(), **chosen}.items():
+        with Ranks(plan.ranks, threads=1) as ranks:
+            found = [max(each) / 2**20 for each in zip(*ranks.run(peak, job, plan, small), strict=True)]
+        one = found if name == "one rank" else one
+        told = (f"{most:.0f} MiB ({most / least:.2f} of one rank)" for most, least in zip(found, one, strict=True))
+        print(f"{name:9} at the peak: loading {', evaluating too '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -108,28 +108,24 @@ def build(
     Raises:
         PlanError: the plan does not fit the model; or it splits the model, which does not capture.
     """
-    module = job.build()
-    if dtype is not None:
-        module, example = lift(module, dtype), lift(example, dtype)
     split = any(axis.size > 1 and axis.name not in plan.data for axis in plan.axes)
     if not split and plan.micro_batches == 1 and not plan.cuts:
-        return ModulePrediction(job, plan, module, device, dtype)
+        return ModulePrediction(job, plan, device, dtype)
     try:
-        return GraphPrediction(job, plan, module, mesh, example, device, dtype)
+        return GraphPrediction(job, plan, mesh, example, device, dtype)
     except CaptureError as error:
         why = str(error)
     if split:
         raise PlanError(f"{plan.title()} splits the model, but {why}; to predict, split the batch alone")
-    return ModulePrediction(job, plan, module, device, dtype)
+    return ModulePrediction(job, plan, device, dtype)
 
 
 class ModulePrediction:
     """The module as it is, on chunks of this rank."""
 
-    def __init__(
-        self, job: Job, plan: Plan, module: nn.Module, device: torch.device, dtype: torch.dtype | None
-    ) -> None:
-        self._module = module.to(device).eval()
+    def __init__(self, job: Job, plan: Plan, device: torch.device, dtype: torch.dtype | None) -> None:
+        module = job.build()
+        self._module = (module if dtype is None else lift(module, dtype)).to(device).eval()
         self._call = caller(self._module)
         self._seed, self._device, self._dtype = job.seed, device, dtype
         self._bf16 = plan.precision == "bf16" and dtype is None
@@ -155,12 +151,17 @@ class ModulePrediction:
 
 
 class GraphPrediction:
-    """The captured model, split within the replica: this rank's programs, with no more than what they use."""
+    """The captured model, split within the replica: this rank's programs, with no more than what they use.
+
+    Where the job's weights are in files, the rank reads its slices and nothing else of them.
+    """
 
     def __init__(
-        self, job: Job, plan: Plan, module: nn.Module, mesh: Mesh, example: Batch, device: torch.device,
-        dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
+        self, job: Job, plan: Plan, mesh: Mesh, example: Batch, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        module, weights = job.bare()
+        if dtype is not None:
+            module, example = lift(module, dtype), lift(example, dtype)
         gives = Replica.of(plan, mesh.rank).giver == mesh.rank
         graph = Graph.of(job, module, example, purpose="predict")
         plan, bounds = _for_prediction(job, plan, module, graph, example)
@@ -170,7 +171,7 @@ class GraphPrediction:
         split = Split(graph, plan, inner, bounds)
         dtypes = lifts(dtype) if dtype is not None else {}
         model = RankModel(split, device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None)
-        model.load(module, frees=True)
+        model.load(module, frees=True, weights=weights)
         for param in module.parameters():
             let_go(param)
         self._channels = Channels(mesh, split.pipeline, plan.stages, device)

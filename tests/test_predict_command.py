@@ -1,0 +1,148 @@
+"""The command `predict`: from a file to a file, and on from where a killed run was."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import shardwise as sw
+from shardwise.cli import main
+
+SPEC = """
+    import os, time, torch
+    import shardwise as sw
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            time.sleep(float(os.environ.get("SLOW", "0")))
+            return {"scores": self.layer(x), "sum": x.sum(1)}
+
+    def job():
+        data = [{"x": torch.zeros(3), "label": torch.tensor(0)}] * 8
+        return sw.Job(model=Model, data=data, loss=lambda output, batch: output["sum"].sum(), global_batch=8)
+
+    def data():
+        return [{"x": torch.full((3,), float(i))} for i in range(50)]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "spec.py").write_text(textwrap.dedent(SPEC))
+    np.savez(tmp_path / "in.npz", x=np.random.default_rng(0).random((300, 3), np.float32))
+    np.savez(tmp_path / "other.npz", x=np.ones((10, 3), np.float32))
+    np.savez(tmp_path / "wrong.npz", x=np.ones((10, 4), np.float32))
+    return tmp_path
+
+
+def predicted(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shardwise.cli", "predict", "spec.py:job", *arguments]
+    root = str(Path(sw.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": root, **environment}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.slow
+def test_predict_writes_what_the_model_gives(folder: Path) -> None:
+    done = predicted(folder, "--input", "in.npz", "--output", "out.npz", "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    assert "300/300 samples" in done.stdout
+    assert "300 samples in" in done.stdout and "out.npz" in done.stdout
+    found, x = dict(np.load(folder / "out.npz")), np.load(folder / "in.npz")["x"]
+    model = sw.load_spec(f"{folder}/spec.py:job").build().eval()
+    want = model(torch.from_numpy(x))
+    for name in ("scores", "sum"):
+        assert np.allclose(found[name], want[name].detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert not list(folder.glob("*.parts"))
+
+    done = predicted(
+        folder, "--data", "spec.py:data", "--output", "data.jsonl", "--batch", "7", "--ranks", "1", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["samples"] == 50 and told["before"] == 0 and told["bytes"] > 0
+    assert [json.loads(line)["sum"] for line in (folder / "data.jsonl").read_text().splitlines()] == [
+        3.0 * i for i in range(50)
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(folder: Path) -> None:
+    assert predicted(folder, "--input", "in.npz", "--output", "whole.npz", "--ranks", "1").returncode == 0
+    command = [sys.executable, "-m", "shardwise.cli", "predict", "spec.py:job", "--ranks", "2", "--input", "in.npz",
+               "--output", "out.npz"]  # fmt: skip
+    root = str(Path(sw.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": root, "SLOW": "0.6"}
+    process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "out.npz.parts" / "run.jsonl"
+    limit = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") > 1):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "out.npz").exists()
+    kept = json.loads(log.read_text().splitlines()[-1])["stop"]
+    assert 0 < kept < 300
+
+    other = predicted(folder, "--input", "other.npz", "--output", "out.npz")
+    assert other.returncode == 2
+    assert "the outputs of another run, whose input differs" in other.stderr
+
+    done = predicted(folder, "--input", "in.npz", "--output", "out.npz", "--ranks", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["before"] >= kept and told["samples"] == 300
+    whole, found = dict(np.load(folder / "whole.npz")), dict(np.load(folder / "out.npz"))
+    assert list(found) == list(whole)
+    for name, array in whole.items():
+        assert found[name].shape == array.shape
+        assert np.allclose(found[name], array, rtol=1e-5, atol=1e-6)
+    assert not list(folder.glob("*.parts"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--input", "wrong.npz"], r"field 'x' has the shape (4,), but the job's own samples have (3,)"),
+        (["--input", "none.npz"], "cannot be read: No such file"),
+        (["--input", "in.csv"], "unknown type '.csv'"),
+        (["--input", "in.npz", "--output", "out.csv"], "unknown type '.csv'"),
+        (["--input", "in.npz", "--data", "spec.py:data"], "not allowed with argument --input"),
+        (["--data", "spec.py:job"], "must return a Dataset, but returned Job"),
+        (["--data", "spec.py:nothing"], "has no function 'nothing'"),
+    ],
+)
+def test_bad_commands(
+    arguments: list[str], wanted: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    output = [] if "--output" in arguments else ["--output", "out.npz"]
+    assert main(["predict", "spec.py:job", *arguments, *output]) == 2
+    told = capsys.readouterr()
+    assert wanted in told.err and told.err.count("\n") == 1
+    assert not list(folder.glob("out*"))
+
+
+def test_predict_is_not_for_torchrun(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(folder)
+    assert main(["predict", "spec.py:job", "--input", "in.npz", "--output", "out.npz"]) == 2
+    assert "run it without torchrun" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def seconds(way: Callable[[], Any], calls: int) -> float:
 
 def startup() -> dict[str, float]:
     """Seconds that `map` weighs: to start and join three threads, and until a process has imported what it needs."""
-    boot = "import shardwise.engine.map_worker"
+    boot = "import shardwise.arrays.worker"
 
     def threads() -> None:
         started = [threading.Thread(target=int) for _ in range(3)]

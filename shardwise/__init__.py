@@ -20,13 +20,13 @@ import shardwise.report  # noqa: F401
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from shardwise.arrays.map import map
     from shardwise.engine.engine import parallelize
-    from shardwise.engine.map import map
-    from shardwise.engine.predict import predict
     from shardwise.engine.train import Result, train
     from shardwise.errors import RunError, ShardwiseError, UserError
     from shardwise.graph.graph import Graph
     from shardwise.graph.rules import rule
+    from shardwise.inference.predict import predict
     from shardwise.job import Job, load_spec
     from shardwise.machine.cluster import Cluster
     from shardwise.measure.machine import discover
@@ -45,9 +45,9 @@ _HOMES = {
     "UserError": "shardwise.errors",
     "discover": "shardwise.measure.machine",
     "load_spec": "shardwise.job",
-    "map": "shardwise.engine.map",
+    "map": "shardwise.arrays.map",
     "parallelize": "shardwise.engine.engine",
-    "predict": "shardwise.engine.predict",
+    "predict": "shardwise.inference.predict",
     "rule": "shardwise.graph.rules",
     "strategies": "shardwise.search.strategies",
     "train": "shardwise.engine.train",

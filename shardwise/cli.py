@@ -193,8 +193,8 @@ def _train(arguments: argparse.Namespace) -> Answer:
 
 
 def _predict(arguments: argparse.Namespace) -> Answer:
-    from shardwise.engine.inputs import open_inputs
-    from shardwise.engine.predict_files import code_of, identity_of, predict_file
+    from shardwise.files.inputs import open_inputs
+    from shardwise.inference.predict_files import code_of, identity_of, predict_file
     from shardwise.job import load_data
 
     job = _job(arguments)

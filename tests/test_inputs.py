@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import shardwise as sw
-from shardwise.engine.inputs import READERS, open_inputs
-from shardwise.engine.outputs import Outputs
 from shardwise.errors import FileError
+from shardwise.files.inputs import READERS, open_inputs
+from shardwise.files.outputs import Outputs
 from tests.files import DICT, ONE, PAIR, WITHOUT_PYARROW, job, write
 
 

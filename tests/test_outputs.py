@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shardwise.engine import outputs as outputs_module
-from shardwise.engine.formats import FORMATS
-from shardwise.engine.outputs import Outputs
 from shardwise.errors import FileError
+from shardwise.files import outputs as outputs_module
+from shardwise.files.formats import FORMATS
+from shardwise.files.outputs import Outputs
 from tests.files import ARRAYS, WITHOUT_PYARROW, read
 
 

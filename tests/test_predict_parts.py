@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from shardwise.engine.chunks import Chunks
-from shardwise.engine.claims import Claims, stop
-from shardwise.engine.parcel import discard, pack, unpack
-from shardwise.engine.prediction import Replica
 from shardwise.errors import JobError
 from shardwise.graph.output import checked, put_together, taken_apart
+from shardwise.inference.chunks import Chunks
+from shardwise.inference.claims import Claims, stop
+from shardwise.inference.parcel import discard, pack, unpack
+from shardwise.inference.prediction import Replica
 from shardwise.job import Job
 from shardwise.plan.plan import Plan, PlanAxis
 from tests.conftest import data, pipeline, tensor

@@ -14,10 +14,10 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from shardwise.engine.launch import launched
-from shardwise.engine.outputs import Outputs
-from shardwise.engine.predict import predict
 from shardwise.engine.progress import SampleProgress
 from shardwise.errors import LaunchError
+from shardwise.files.outputs import Outputs
+from shardwise.inference.predict import predict
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shardwise.engine.blocks import Array, Form, Work
+from shardwise.arrays.blocks import Array, Form, Work
 from shardwise.engine.lifeline import end_with_parent
 
 TOKEN = struct.Struct("qq")

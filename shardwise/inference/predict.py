@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shardwise.engine import collect
-from shardwise.engine.chunks import Chunks
-from shardwise.engine.claims import Claims, shared_store, taken
 from shardwise.engine.launch import Ranks, joined, launched
-from shardwise.engine.parcel import Parcel, discard, pack, unpack
 from shardwise.engine.sent import Sent
 from shardwise.engine.train import data_plan, fitting
-from shardwise.engine.work import Work
 from shardwise.graph.output import put_together
+from shardwise.inference import collect
+from shardwise.inference.chunks import Chunks
+from shardwise.inference.claims import Claims, shared_store, taken
+from shardwise.inference.parcel import Parcel, discard, pack, unpack
+from shardwise.inference.work import Work
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
 

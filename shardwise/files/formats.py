@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shardwise.engine.inputs import pyarrow_parquet
 from shardwise.errors import FileError
+from shardwise.files.inputs import pyarrow_parquet
 
 Head = dict[str, tuple[str, tuple[int, ...]]]
 """Of each tensor the dtype, and the shape of one sample."""

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwise.engine.claims import FOREVER, Claims, stop, taken
 from shardwise.engine.launch import Place
-from shardwise.engine.work import Work
 from shardwise.graph.output import put_together
+from shardwise.inference.claims import FOREVER, Claims, stop, taken
+from shardwise.inference.work import Work
 
 _TENSORS = 1 << 12  # more than an output has
 _CHUNKS = 1 << 18  # more than are on their way at once; their numbers go round

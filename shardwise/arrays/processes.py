@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from shardwise.engine.blocks import Array, Form, Work
+from shardwise.arrays.blocks import Array, Form, Work
+from shardwise.arrays.worker import TOKEN, Task, Told, take
 from shardwise.engine.crew import await_end
 from shardwise.engine.launch import environment_of_worker
-from shardwise.engine.map_worker import TOKEN, Task, Told, take
 from shardwise.engine.worker import pack
 from shardwise.errors import ArrayError, RunError
 
 _BOOT = (
     "import sys; line, lifeline = map(int, sys.argv[1:3]); sys.path[:] = sys.argv[3:]; "
-    "from shardwise.engine.map_worker import main; main(line, lifeline)"
+    "from shardwise.arrays.worker import main; main(line, lifeline)"
 )
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwise.engine.chunks import Chunks
 from shardwise.engine.launch import Place
-from shardwise.engine.prediction import Prediction, Replica, build
 from shardwise.engine.train import check_alike
+from shardwise.inference.chunks import Chunks
+from shardwise.inference.prediction import Prediction, Replica, build
 from shardwise.job import Batch, Job
 from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import Plan

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from shardwise.engine.blocks import Array, Work, is_tensor
+from shardwise.arrays.blocks import Array, Work, is_tensor
 from shardwise.errors import ArrayError
 from shardwise.machine.backend import cores
 
@@ -130,7 +130,7 @@ def _together(work: Work, blocks: list[tuple[int, int]], workers: int, left: flo
         if not processes:
             _with_threads(work, iter(blocks), helpers)
             return
-        from shardwise.engine.map_processes import with_processes
+        from shardwise.arrays.processes import with_processes
 
         with_processes(work, blocks, helpers)
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from shardwise.engine.prediction import Replica
+from shardwise.inference.prediction import Replica
 
 _PAUSE = 0.001  # seconds between looks whether there is room
 FOREVER = timedelta(days=365)  # nothing but the end of a rank, which others notice, keeps a claim from being told

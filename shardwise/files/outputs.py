@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from shardwise.engine.formats import FORMATS, Head, Part
 from shardwise.errors import FileError
+from shardwise.files.formats import FORMATS, Head, Part
 
 ONE = "output"
 """What the tensor is called where a model gives one."""

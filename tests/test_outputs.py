@@ -175,7 +175,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     interrupted(path, 2, {"job": "a", "input": [3, "x"]})
     before = sorted((tmp_path / "a.npz.parts").iterdir())
-    with pytest.raises(FileError, match=r"the outputs of another run, whose input differs; remove it, or write to"):
+    with pytest.raises(FileError, match=r"the outputs of another run, which differs in input; remove it, or write to"):
         Outputs(path, {"job": "a", "input": [4, "x"]})
     assert sorted((tmp_path / "a.npz.parts").iterdir()) == before
 

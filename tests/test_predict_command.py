@@ -9,14 +9,20 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
 
 import shardwise as sw
 from shardwise.cli import main
+from shardwise.errors import FileError, RunError
+from shardwise.inference.predict_files import predict_file
 
 SPEC = """
     import os, time, torch
@@ -101,7 +107,7 @@ def test_a_killed_command_goes_on(folder: Path) -> None:
 
     other = predicted(folder, "--input", "other.npz", "--output", "out.npz")
     assert other.returncode == 2
-    assert "the outputs of another run, whose input differs" in other.stderr
+    assert "the outputs of another run, which differs in input" in other.stderr
 
     done = predicted(folder, "--input", "in.npz", "--output", "out.npz", "--ranks", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -113,6 +119,31 @@ def test_a_killed_command_goes_on(folder: Path) -> None:
         assert found[name].shape == array.shape
         assert np.allclose(found[name], array, rtol=1e-5, atol=1e-6)
     assert not list(folder.glob("*.parts"))
+
+
+@pytest.mark.slow
+def test_a_run_with_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+    job = sw.Job(model=lambda: nn.Linear(3, 2), data=TensorDataset(torch.ones(8, 3)), global_batch=2)
+    weights = tmp_path / "w.safetensors"
+    save_file(dict(job.build().state_dict()), weights)
+    job = job.with_(weights=weights)
+
+    class Full(Exception):
+        pass
+
+    def some() -> Iterator[torch.Tensor]:
+        yield from torch.ones(5, 3)
+        raise Full
+
+    class Ending(IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return some()
+
+    with pytest.raises(RunError, match="Full"):
+        predict_file(job, Ending(), tmp_path / "out.npy", run={}, ranks=1, progress=False)
+    save_file({name: tensor + 1 for name, tensor in job.build().state_dict().items()}, weights)
+    with pytest.raises(FileError, match="the outputs of another run, which differs in weights"):
+        predict_file(job, job.data, tmp_path / "out.npy", run={}, ranks=1, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ class Outputs:
             was = found[0][0].get("run")
             other = [k for k in self._run if not isinstance(was, dict) or was.get(k) != self._run[k]]
             raise FileError(
-                f"{self._folder} has the outputs of another run, whose {' and '.join(other) or 'settings'} differs; "
+                f"{self._folder} has the outputs of another run, which differs in {' and '.join(other) or 'settings'}; "
                 "remove it, or write to another file"
             )
         else:

@@ -20,6 +20,7 @@ from shardwise.files.outputs import Outputs
 from shardwise.inference.predict import predict
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
+from shardwise.weights.find import find_files
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def predict_file(
     """
     if launched():
         raise LaunchError("shardwise predict starts its ranks by itself; run it without torchrun, with --ranks N")
-    settings = {key: getattr(job, key) for key in ("precision", "seed")}
+    settings: dict[str, Any] = {key: getattr(job, key) for key in ("precision", "seed")}
+    if job.weights is not None:
+        settings["weights"] = [identity_of(file) for file in find_files(Path(job.weights))[0]]
     began = time.perf_counter()
     with Outputs(output, run={"job": job.title(), **settings, **run}) as outputs:
         before = outputs.done

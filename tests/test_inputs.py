@@ -49,6 +49,11 @@ def test_a_tensor_alone_may_have_any_name(tmp_path: Path) -> None:
     assert torch.equal(samples[1], torch.ones(3))
 
 
+def test_an_array_without_a_name_is_the_one_that_is_needed(tmp_path: Path) -> None:
+    found = open_inputs(write(tmp_path / "a.npy", {"": np.ones((4, 3), np.float32)}), job(DICT))
+    assert list(found[0]) == ["x"] and found[0]["x"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_arrays_in_a_row_are_a_tuple(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", np.ones((2, 3)), np.array([4, 5]))
     first, second = open_inputs(tmp_path / "a.npz", job(PAIR))[1]

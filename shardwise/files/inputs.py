@@ -83,6 +83,12 @@ class _Wanted:
         fields = {k: _field(v, k in needed, collated) for k, v in sample.items() if takes_all or k in taken or collated}
         return cls("dict", fields, frozenset(taken))
 
+    @property
+    def nameless(self) -> str:
+        """The field that an array without a name is: of a dict the one that is needed, where it is one."""
+        needed = [name for name, field in self.fields.items() if field.needed] or list(self.fields)
+        return needed[0] if self.kind == "dict" and len(needed) == 1 else ONE
+
     def check_names(self, path: Path, names: list[str]) -> None:
         if self.kind != "dict":
             return
@@ -140,7 +146,7 @@ class _Fitted(Dataset[Any]):
         with _told(self._path):
             row = self._rows[index]
         if not isinstance(row, dict):
-            row = {ONE: row}
+            row = {self._wanted.nameless: row}
         if self._wanted.kind == "one" and len(row) != 1:
             raise FileError(
                 f"{self._path} has the fields {', '.join(map(repr, row))}, but a sample of the job is one tensor; "

@@ -266,11 +266,7 @@ def same_mask_in_every_operator(patch: Patch) -> None:
 def each_rank_draws_its_own_weights(patch: Patch) -> None:
     me = dist.get_rank()
 
-    def build(plain: Any, job: Job, *rest: Any) -> nn.Module:
-        module: nn.Module = plain(job.with_(seed=job.seed + me), *rest)
-        return module
-
-    wrapped(patch, Job, "build", build)
+    wrapped(patch, Job, "bare", lambda plain, job, *rest: plain(job.with_(seed=job.seed + me), *rest))
 
 
 # --- batch norm, samples, schedulers ----------------------------------------------------------------------------------

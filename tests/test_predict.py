@@ -27,7 +27,7 @@ from tests.zoo import hf, plain
 COUNT = 21
 """Samples of a proof: two chunks of 8 and one of 5."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-FEW = (plain.qkv_attention, plain.convnet_bn, hf.clip_any_batch)
+FEW = (plain.qkv_attention, hf.clip_any_batch)
 """Of all models, which `make prove` tries, those unlike each other."""
 
 
@@ -123,7 +123,7 @@ def test_eight_ranks_over_three_axes(pool: Pool) -> None:
     check(pool(8).run(compare, job, {"all": plan}, torch.float64, timeout=250))
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 @pytest.mark.parametrize("model", [plain.unet], ids=lambda m: m.__name__)
 def test_float32_is_as_near(pool: Pool, model: Callable[[], Job]) -> None:
     check(pool(2).run(compare, model(), two(model()), torch.float32, timeout=200), torch.float32)

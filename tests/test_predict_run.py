@@ -94,7 +94,7 @@ def test_a_slow_rank_takes_less_and_the_order_holds() -> None:
 
 
 @slow
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("count", [0, 5])
 def test_a_stream_is_read_to_its_end(count: int) -> None:
     job = Job(model=Who, data=Stream(3), global_batch=2)
     assert samples(list(sw.predict(job, Stream(count), ranks=2, threads=1))) == [float(i) for i in range(count)]
@@ -228,8 +228,11 @@ def structured() -> Job:
     return Job(model=Structured, data=TensorDataset(rows), global_batch=4)
 
 
-@slow
-@pytest.mark.parametrize("way", ["data", "tensor", "pipeline", "micro-batches"])
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=slow) for way in ("tensor", "pipeline")]
+    + [pytest.param(way, marks=pytest.mark.prove) for way in ("data", "micro-batches")],
+)
 def test_the_models_own_structure_comes_back(way: str) -> None:
     job = structured()
     plans = {
@@ -252,7 +255,7 @@ def test_the_models_own_structure_comes_back(way: str) -> None:
         torch.testing.assert_close(rest, want.cache[1])
 
 
-@slow
+@pytest.mark.prove
 def test_an_output_of_transformers_keeps_its_class_and_leaves_its_cache_out() -> None:
     import transformers
 
@@ -348,8 +351,14 @@ def test_an_output_without_a_tensor_is_an_error() -> None:
             list(sw.predict(job, None, plan, threads=1))
 
 
-@slow
-@pytest.mark.parametrize("strategy", ["pipeline", "sharded"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("tensor", marks=pytest.mark.prove),
+        pytest.param("pipeline", marks=slow),
+        pytest.param("sharded", marks=pytest.mark.prove),
+    ],
+)
 def test_plans_for_training_predict_as_well(strategy: str) -> None:
     job = plain.qkv_attention()
     plan = next(c.plan for c in strategies(job, 2) if c.strategy == strategy)

@@ -27,7 +27,7 @@ from tests.zoo import hf, plain
 COUNT = 21
 """Samples of a proof: two chunks of 8 and one of 5."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-FEW = (plain.qkv_attention, hf.clip_any_batch)
+FEW = (plain.qkv_attention, plain.convnet_bn)
 """Of all models, which `make prove` tries, those unlike each other."""
 
 

@@ -55,7 +55,8 @@ def memory_of(plan: Plan) -> int:
     return backend.peak_memory() - before
 
 
-@pytest.mark.parametrize("way", [pytest.param("tensor", marks=slow), pytest.param("pipeline", marks=pytest.mark.prove)])
+@pytest.mark.prove
+@pytest.mark.parametrize("way", ["tensor", "pipeline"])
 def test_two_ranks_need_little_more_than_half_the_memory_each(way: str) -> None:
     plan = {"tensor": Plan((tensor("width*"),)), "pipeline": Plan((pipeline(),), ("linear.8",))}[way]
     with Ranks(1, threads=1) as one, Ranks(2, threads=1) as two:

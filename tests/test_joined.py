@@ -73,22 +73,26 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-@slow
-def test_joined_under_torchrun(tmp_path: Path) -> None:
-    script = tmp_path / "join.py"
-    script.write_text(JOIN)
+def under_torchrun(script: str, folder: Path, *, timeout: float) -> list[str]:
+    """The lines that a script prints on two ranks that torchrun starts."""
+    (folder / "run.py").write_text(script)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
-            *("--nproc-per-node=2", str(script)),
+            *("--nproc-per-node=2", str(folder / "run.py")),
         ],
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
-    check_joined(done.stdout.splitlines())
+    return done.stdout.splitlines()
+
+
+@slow
+def test_joined_under_torchrun(tmp_path: Path) -> None:
+    check_joined(under_torchrun(JOIN, tmp_path, timeout=50))
 
 
 def test_joined_alone_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ def test_outputs_read_back(suffix: str, parts: int, tmp_path: Path) -> None:
     assert [found.name for found in path.parent.iterdir()] == [path.name]
     found = read(path)
     want = {"output": WHOLE["logits"]} if one else WHOLE
-    assert list(found) == list(want)
+    # This format has tensors of large items first.
+    assert (sorted(found) == sorted(want)) if suffix == ".safetensors" else (list(found) == list(want))
     for name, array in want.items():
         assert np.array_equal(found[name].astype(array.dtype), array), name
         assert found[name].dtype == array.dtype or suffix in (".jsonl", ".parquet")
@@ -102,6 +103,7 @@ def test_shapes_that_differ_are_for_lines(tmp_path: Path) -> None:
         (".npz", {"a": torch.ones(2), "b": torch.ones(3)}, r"'a' \(2,\), 'b' \(3,\)"),
         (".npz", {"a": "text"}, "gives no tensor"),
         (".jsonl", torch.ones(2, dtype=torch.complex64), "complex64, which .jsonl has not"),
+        (".npz", torch.ones(2, dtype=torch.complex128), "'output' holds complex128, which no part can hold"),
     ],
 )
 def test_outputs_that_do_not_fit_are_one_message(suffix: str, output: Any, message: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from shardwise.machine.backend import Backend
 from shardwise.plan.plan import Plan
 from tests.conftest import pipeline, tensor
 from tests.pool import Pool
-from tests.test_launch import clean_environment
+from tests.test_joined import under_torchrun
 from tests.test_predict_run import Stream, Who, samples
 
 pytestmark = [pytest.mark.timeout(200), pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
@@ -92,20 +91,7 @@ with joined(collective_timeout=30.0) as place:
 
 @slow
 def test_under_torchrun_rank_0_gets_the_outputs(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(JOINED)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
-            *("--nproc-per-node=2", str(script)),
-        ],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["0 45 True 14 2 4 4 3", "1 0 True 0 2"]
+    assert sorted(under_torchrun(JOINED, tmp_path, timeout=150)) == ["0 45 True 14 2 4 4 3", "1 0 True 0 2"]
 
 
 @slow

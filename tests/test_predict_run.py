@@ -182,6 +182,15 @@ def test_a_rank_that_dies_is_one_error(tmp_path: Path) -> None:
         list(sw.predict(numbers(), Dies(40), ranks=2, threads=1, log_dir=tmp_path))
 
 
+@slow
+def test_a_rank_that_died_with_outputs_that_nobody_took_is_one_error(tmp_path: Path) -> None:
+    outputs = sw.predict(numbers(), Dies(40), ranks=1, threads=1, log_dir=tmp_path)
+    assert samples([next(outputs), next(outputs)]) == [0.0, 1.0, 2.0, 3.0]
+    time.sleep(2.0)  # by now it has given the next chunk, and died with that after it
+    with pytest.raises(RunError, match="was killed by signal 9"):
+        list(outputs)
+
+
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
 

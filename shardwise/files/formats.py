@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardwise.errors import FileError
 from shardwise.files.inputs import pyarrow_parquet
+from shardwise.weights.format import data_of, write_header
 
 Head = dict[str, tuple[str, tuple[int, ...]]]
 """Of each tensor the dtype, and the shape of one sample."""
@@ -105,28 +106,13 @@ def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 class Safetensors(_Arrays):
-    """Named tensors of any dtype, after https://github.com/huggingface/safetensors#format."""
+    """Named tensors of any dtype that a part can have."""
 
     def write(self, file: IO[bytes], parts: Sequence[Part]) -> None:
-        header: dict[str, Any] = {}
-        end = 0
-        for name, (dtype, shape) in self._whole(parts).items():
-            start, end = end, end + int(np.prod(shape)) * getattr(torch, dtype).itemsize
-            header[name] = {"dtype": _SAFETENSORS[dtype], "shape": shape, "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in header:
+        whole = self._whole(parts).items()
+        for name in write_header(file, {name: (getattr(torch, dtype), shape) for name, (dtype, shape) in whole}):
             for part in parts:
-                tensor = part.read()[name].contiguous()
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-
-
-_SAFETENSORS = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "U16", "uint32": "U32", "uint64": "U64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64",
-}  # fmt: skip
+                file.write(data_of(part.read()[name].contiguous()))
 
 
 class JsonLines:

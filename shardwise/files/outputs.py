@@ -30,6 +30,7 @@ from torch import Tensor
 
 from shardwise.errors import FileError
 from shardwise.files.formats import FORMATS, Head, Part
+from shardwise.weights.format import NAMES
 
 ONE = "output"
 """What the tensor is called where a model gives one."""
@@ -98,6 +99,11 @@ class Outputs:
         """
         tensors = named(output)
         samples = _samples(tensors)
+        odd = next((name for name, tensor in tensors.items() if tensor.dtype not in NAMES), None)
+        if odd is not None:
+            raise FileError(
+                f"output {odd!r} holds {_head(tensors)[odd][0]}, which no part can hold; give another dtype"
+            )
         self._format.check([_head(tensors), *(line.heads for line in self._lines[:1])], ONE)
         if self._waiting:
             self._format.check([_head(tensors), _head(self._waiting[0])], ONE)

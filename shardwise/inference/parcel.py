@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,18 @@ def unpack(parcel: Parcel) -> list[Tensor]:
     finally:
         os.close(descriptor)
     return _views(parcel, memory)
+
+
+def ends(parcel: Parcel, *, within: float) -> bool:
+    """Whether the process that packed it has ended, or does within so many seconds."""
+    try:
+        process = os.pidfd_open(parcel.process)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], within)[0])
+    finally:
+        os.close(process)
 
 
 def _views(parcel: Parcel, memory: mmap.mmap) -> list[Tensor]:

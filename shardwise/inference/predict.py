@@ -21,13 +21,15 @@ from shardwise.graph.output import put_together
 from shardwise.inference import collect
 from shardwise.inference.chunks import Chunks
 from shardwise.inference.claims import Claims, shared_store, taken
-from shardwise.inference.parcel import Parcel, discard, pack, unpack
+from shardwise.inference.parcel import Parcel, discard, ends, pack, unpack
 from shardwise.inference.work import Work
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
 
 _AHEAD = 2
 """Chunks that each rank may have computed before the caller takes the first of them."""
+_DYING = 5.0
+"""Seconds between the end of a rank's memory and its own, at most."""
 
 
 def predict(
@@ -107,7 +109,12 @@ def _in_order(parts: Iterator[_Part], taken: Tensor) -> Iterator[Any]:
     """Outputs in the order of their chunks, from parts in any order; `taken` counts those that are taken."""
     waiting: dict[int, tuple[Any, list[Tensor]]] = {}
     for part in parts:
-        waiting[part.chunk] = part.form, unpack(part.parcel)
+        try:
+            waiting[part.chunk] = part.form, unpack(part.parcel)
+        except OSError:
+            if not ends(part.parcel, within=_DYING):
+                raise
+            continue  # the rank that had it died, which is what `parts` says next
         while (following := int(taken)) in waiting:
             form, tensors = waiting.pop(following)
             taken += 1

@@ -15,9 +15,10 @@ from torch import Tensor
 from shardwise.engine.base import Engine
 from shardwise.engine.engine import parallelize
 from shardwise.engine.launch import Place, Ranks, joined
+from shardwise.engine.sent import Sent
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
-from shardwise.job import Batch, Job, digest, load_spec
+from shardwise.job import Batch, Job, digest
 from shardwise.measure.reference import Trace, real, run_reference
 from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import Traffic
@@ -145,21 +146,16 @@ def relative(found: Tensor, true: Tensor, scale: float) -> float:
 
 @dataclass(frozen=True)
 class _Task:
-    """What every rank is told: the job, or its SPEC and settings, its dtype, and where the run on one device is."""
+    """What every rank is told: the job, its dtype, and where the run on one device is."""
 
-    job: Job | None
-    spec: str | None
-    settings: dict[str, Any]
+    job: Sent
     dtype: torch.dtype
     steps: int
     kept: Path
 
     def loaded(self) -> Job:
-        """The job as the proof takes its steps, read from the SPEC where there is one."""
-        if self.spec is None:
-            assert self.job is not None
-            return _steady(self.job, self.dtype)
-        return _steady(load_spec(self.spec).with_(**self.settings), self.dtype)
+        """The job as the proof takes its steps."""
+        return _steady(self.job.loaded(), self.dtype)
 
 
 def _candidates(job: Job, ranks: int, wanted: Sequence[str]) -> list[Candidate]:
@@ -188,8 +184,7 @@ def _on_one_device(job: Job, dtype: torch.dtype, steps: int, folder: Path, spec:
             raise ProofError(f"{job.title()} does not run on one device: {_line(again)}") from again
     kept = folder / "one-device.pt"
     torch.save(trace.__dict__, kept)
-    settings = {key: getattr(job, key) for key in ("global_batch", "precision", "clip_norm", "seed", "name", "weights")}
-    return _Task(None if spec else job, spec, settings, dtype, steps, kept), note
+    return _Task(Sent.of(job, spec), dtype, steps, kept), note
 
 
 def _steady(job: Job, dtype: torch.dtype) -> Job:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, as in the reference implementation
 _ALIGNMENT = 8
 
@@ -157,27 +157,36 @@ def _sizes(found: Any) -> bool:
 
 
 def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in the format, one after the other; those of large items first, so that all are aligned.
+    """Write tensors in the format, one after the other.
 
     Raises:
         WeightsError: the format has no name for a dtype.
     """
-    odd = next((n for n, t in tensors.items() if t.dtype not in _NAMES), None)
+    odd = next((n for n, t in tensors.items() if t.dtype not in NAMES), None)
     if odd is not None:
         raise WeightsError(f"{odd} is {tensors[odd].dtype}, which safetensors cannot hold; save to a .pt file")
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    for name in write_header(file, {name: (t.dtype, t.shape) for name, t in tensors.items()}):
+        file.write(data_of(tensors[name].detach().cpu().contiguous()))
+
+
+def write_header(file: IO[bytes], heads: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> list[str]:
+    """Write what comes before tensors of these dtypes and shapes.
+
+    Returns:
+        their names in the order in which they are to follow: those of large items first, so that all are aligned.
+    """
+    ordered = sorted(heads, key=lambda name: (-heads[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in ordered:
-        tensor = tensors[name]
-        end = at + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        dtype, shape = heads[name]
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     file.write(struct.pack("<Q", len(text)) + text)
-    for name in ordered:
-        file.write(data_of(tensors[name].detach().cpu().contiguous()))
+    return ordered
 
 
 def data_of(tensor: Tensor) -> memoryview:

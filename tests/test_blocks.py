@@ -11,7 +11,7 @@ from shardwise.graph.blocks import Block, blocks, twins
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.search.dims import groups
-from tests.zoo import ZOO
+from tests.zoo import graph_of
 
 
 def job(*layers: nn.Module, width: int = 8) -> Job:
@@ -36,14 +36,14 @@ def home(graph: Graph, i: int) -> str:
 
 @pytest.mark.parametrize("name", ["gpt2_dropout", "t5", "swin", "lstm_tagger", "skip_regressor", "mixtral"])
 def test_blocks_hold_every_operator_once_and_in_order(name: str) -> None:
-    graph = Graph.of(ZOO[name]())
+    graph = graph_of(name)
     held = [i for block in blocks(graph) for copy in block.copies() for i in copy]
     assert held == list(range(len(graph.ops)))
 
 
 @pytest.mark.parametrize("name", ["gpt2_dropout", "t5", "swin", "mixtral", "convnext", "torch_transformer"])
 def test_copies_of_a_block_are_wired_alike_inside(name: str) -> None:
-    graph = Graph.of(ZOO[name]())
+    graph = graph_of(name)
 
     def wiring(copy: range) -> list[list[int | None]]:
         """For each operator where in its copy each input is computed; None for what comes from outside."""
@@ -67,7 +67,7 @@ def test_copies_of_a_block_are_wired_alike_inside(name: str) -> None:
     ],
 )
 def test_layers_of_published_models_are_copies_of_one(name: str, layers: str, counts: list[int]) -> None:
-    graph = Graph.of(ZOO[name]())
+    graph = graph_of(name)
     found = repeated(graph)
     assert [block.count for block in found] == counts
     for block in found:
@@ -141,7 +141,7 @@ def test_copies_that_are_wired_differently_inside_are_no_copies() -> None:
 
 
 def test_a_block_begins_where_least_is_carried() -> None:
-    graph = Graph.of(ZOO["llama"]())
+    graph = graph_of("llama")
     (block,) = repeated(graph)
     for copy in block.copies()[1:]:
         made = {v for op in graph.ops[block.start : copy[0]] for v in op.outputs}

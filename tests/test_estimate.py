@@ -38,7 +38,7 @@ from shardwise.parallel.layout import SplitAxis
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 from shardwise.search.strategies import Maker
 from tests.pool import Pool
-from tests.zoo import ZOO
+from tests.zoo import ZOO, graph_of
 
 H100 = Cluster.load("2x8xh100-sxm")
 
@@ -47,11 +47,6 @@ def long(*values: Any) -> list[Any]:
     """Values of a test that `make prove` alone runs."""
     cases = [value if isinstance(value, tuple) else (value,) for value in values]
     return [pytest.param(*case, marks=pytest.mark.prove) for case in cases]
-
-
-@cache
-def graph_of(name: str) -> Graph:
-    return Graph.of(ZOO[name]())
 
 
 @cache

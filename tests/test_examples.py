@@ -55,6 +55,7 @@ def test_a_loop_of_ones_own_gives_the_same_losses_on_one_rank_and_on_two() -> No
     assert re.search(r"\d+ tensors, trained on 2 ranks as (data|tensor|pipeline) 2", together)
 
 
+@pytest.mark.prove
 def test_the_language_model_is_planned_and_trained_on_a_text_of_ones_own(tmp_path: Path) -> None:
     text, plan = tmp_path / "text.txt", tmp_path / "plan.txt"
     text.write_text("to be or not to be, that is the question. " * 40)
@@ -67,6 +68,7 @@ def test_the_language_model_is_planned_and_trained_on_a_text_of_ones_own(tmp_pat
     assert found["losses"][-1] < found["losses"][0] - 0.5
 
 
+@pytest.mark.prove
 def test_a_custom_operator_is_split_by_its_rule_and_right_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

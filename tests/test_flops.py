@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from shardwise.graph.capture import LossModule
 from shardwise.graph.graph import Graph
 from shardwise.job import Job, batch_tensors
 from tests.test_rules import CASES, SAMPLES, Case, job
-from tests.zoo import ZOO, hf, plain
+from tests.zoo import ZOO, graph_of
 
 KNOWN = [
     "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv1d, grouped",
@@ -38,11 +37,9 @@ def test_work_is_what_torch_counts(name: str) -> None:
     assert Graph.of(whole).work(SAMPLES) == counted(whole, SAMPLES) > 0
 
 
-@pytest.mark.parametrize("make", [plain.qkv_attention, plain.unet, plain.convnet_bn, plain.big_embedding_mlp, hf.llama],
-                         ids=lambda make: make.__name__)  # fmt: skip
-def test_the_work_of_a_model_is_what_torch_counts(make: Callable[[], Job]) -> None:
-    whole = make()
-    graph = Graph.of(whole)
+@pytest.mark.parametrize("name", ["qkv_attention", "unet", "convnet_bn", "big_embedding_mlp", "llama"])
+def test_the_work_of_a_model_is_what_torch_counts(name: str) -> None:
+    whole, graph = ZOO[name](), graph_of(name)
     assert graph.work(6) == counted(whole, 6) > 0
     assert graph.work(6) == 6 * graph.work(1)
 

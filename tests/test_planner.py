@@ -33,7 +33,7 @@ from shardwise.search.explain import explain
 from shardwise.search.planner import Found, Planner, Priced, least_filling
 from shardwise.search.space import Options
 from shardwise.search.strategies import Maker
-from tests.zoo import ZOO
+from tests import zoo
 
 
 def perceptron(widths: Sequence[int], batch: int) -> Job:
@@ -114,7 +114,7 @@ SPLITS = st.sampled_from([{}, {"data": 1}, {"data": 1, "tensor": 1}, {"pipeline"
 OPTIONS = st.tuples(st.sampled_from(["time", "time", "memory"]), st.sampled_from([None, 0.9, 0.6]), SPLITS)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(WIDTHS, st.sampled_from([8, 64]), CLUSTERS, OPTIONS)
 def test_the_pick_is_the_best_of_everything(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
     check_pick(widths, batch, name, wanted)
@@ -306,8 +306,8 @@ def layered(count: int) -> Graph:
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("mamba", marks=pytest.mark.prove)])
 def test_a_folded_graph_is_priced_as_the_whole(name: str) -> None:
-    job = ZOO[name]()
-    graph = Graph.of(job)
+    job = zoo.ZOO[name]()
+    graph = zoo.graph_of(name)
     folded, whole = Pricer(graph), Pricer(graph)
     whole.folded = fold(graph, ())
     cluster = Cluster.load("8xh100-sxm")

@@ -89,7 +89,7 @@ with joined(collective_timeout=30.0) as place:
 """
 
 
-@slow
+@pytest.mark.prove
 def test_under_torchrun_rank_0_gets_the_outputs(tmp_path: Path) -> None:
     assert sorted(under_torchrun(JOINED, tmp_path, timeout=150)) == ["0 45 True 14 2 4 4 3", "1 0 True 0 2"]
 

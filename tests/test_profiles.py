@@ -15,13 +15,12 @@ from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES, Besides, Profile
 from shardwise.cost.timeline import ahead_seconds, pipeline_seconds
 from shardwise.cost.work import Product, Work
-from shardwise.graph.graph import Graph
 from shardwise.graph.saved import saved
 from shardwise.machine.cluster import Cluster
 from shardwise.machine.device import device
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 from shardwise.search.space import layer_patterns
-from tests.zoo import ZOO
+from tests.zoo import ZOO, graph_of
 
 NODES = Cluster.load("2x8xh100-sxm")
 FSDP = PROFILES["fsdp"]
@@ -29,13 +28,8 @@ SIXTEEN = (PlanAxis("data", 16, ("batch",)),)
 
 
 @cache
-def graph(name: str) -> Graph:
-    return Graph.of(ZOO[name]())
-
-
-@cache
 def pricer(profile: Profile = FSDP) -> Pricer:
-    return Pricer(graph("llama"), profile)
+    return Pricer(graph_of("llama"), profile)
 
 
 def price(plan: Plan, profile: Profile = FSDP, *, cluster: Cluster = NODES, **more: Any) -> Estimate:
@@ -83,7 +77,7 @@ def test_a_context_axis_shares_the_optimizer_alone_where_zero_does() -> None:
 
 
 def test_a_loss_in_one_operator_keeps_the_scores_alone() -> None:
-    whole, batch = graph("llama"), ZOO["llama"]().global_batch
+    whole, batch = graph_of("llama"), ZOO["llama"]().global_batch
     (head,) = pricer().traits.heads
     scores = head.outputs[0].numel().at(batch)
     assert head.outputs[0].sizes[-1].coefficient == whole.params["lm_head.weight"].sizes[0].at(1)
@@ -112,7 +106,7 @@ def test_a_broadcast_of_each_share_starts_as_often_as_there_are_ranks() -> None:
 
 
 def test_computing_again_may_stop_where_a_block_keeps_nothing_more() -> None:
-    plan = Plan(recompute=layer_patterns(graph("llama")))
+    plan = Plan(recompute=layer_patterns(graph_of("llama")))
     whole, part = (price(plan, replace(FSDP, stops=stops)).seconds["compute"] for stops in (False, True))
     none = price(Plan()).seconds["compute"]
     assert none < part < whole
@@ -129,7 +123,7 @@ def test_room_for_more_micro_batches_leaves_less_bubble() -> None:
 
 
 def test_every_second_product_may_be_kept_of_a_block_that_is_computed_again() -> None:
-    plan = Plan(recompute=layer_patterns(graph("llama")))
+    plan = Plan(recompute=layer_patterns(graph_of("llama")))
     whole, part, none = price(plan), price(plan, besides=Besides(selective="products")), price(Plan())
     assert none.step < part.step < whole.step
     assert whole.memory["activations"] < part.memory["activations"] < none.memory["activations"]
@@ -149,7 +143,7 @@ def test_products_in_8_bits_are_those_of_layers() -> None:
 
 
 def test_attention_that_is_not_fused_keeps_its_scores() -> None:
-    whole = graph("llama")
+    whole = graph_of("llama")
     work = Work(whole, (), saved(whole))
     batch = ZOO["llama"]().global_batch
     fused, scores = (sum(work.kept(batch, attention=how)) for how in ("fused", "scores"))

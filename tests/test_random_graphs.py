@@ -236,7 +236,7 @@ def check(pool: Pool, tokens: bool, spec: Spec, loss: str, plan: Plan) -> None:
             assert errors.traffic == ""
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(st.data())
 def test_two_ranks_compute_what_one_does(pool: Pool, drawn: st.DataObject) -> None:
     tokens, spec, loss = drawn.draw(JOBS, label="job")

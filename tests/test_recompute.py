@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shardwise.errors import PlanError
-from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.parallel import recompute
 from shardwise.parallel.hybrid import Split
@@ -19,7 +18,7 @@ from shardwise.parallel.mesh import Mesh, Traffic
 from shardwise.parallel.recompute import block_of
 from shardwise.plan.plan import Plan, PlanAxis
 from tests.conftest import Pool, compare, cuts, data, pipeline, tensor
-from tests.zoo import ZOO
+from tests.zoo import ZOO, graph_of
 
 TENSOR = ("heads*", "width@*.*", "vocab*", "channels*", "classes*")
 LAYERS = {"llama": "model.layers.*", "gpt2_dropout": "transformer.h.*"}
@@ -66,10 +65,10 @@ def test_recompute_computes_what_one_device_does(pool: Pool, name: str, way: str
         assert not found.traffic
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_all_reduces_inside_a_block_are_done_again_and_those_at_its_end_are_not(pool: Pool) -> None:
     plan = plans(ZOO["llama"](), LAYERS["llama"])["tensor"]
-    layers = len({block for op in Graph.of(ZOO["llama"]()).ops if (block := block_of(op.module, ["model.layers.*"]))})
+    layers = len({block for op in graph_of("llama").ops if (block := block_of(op.module, ["model.layers.*"]))})
     (again, parts), (once, none) = (pool(2).run(traffic, "llama", p)[0] for p in (plan, plan.with_(recompute=())))
     assert (parts, none) == (layers, 0)
     counts = [sum(t.count for t in found if (t.kind, t.axis) == ("all_reduce", "tensor")) for found in (again, once)]
@@ -157,7 +156,7 @@ def test_recompute_keeps_only_what_blocks_are_given() -> None:
 
 
 def test_a_pattern_that_names_no_block_is_an_error() -> None:
-    graph = Graph.of(ZOO["llama"]())
+    graph = graph_of("llama")
     with pytest.raises(PlanError) as error:
         Split(graph, Plan(recompute=("model.layers.*", "blocks.*")), Mesh.build([]))
     assert "'blocks.*'" in str(error.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -16,11 +18,11 @@ from shardwise.parallel.layout import PARTIAL, VARIES, WHOLE, Cut
 from shardwise.plan.plan import Plan
 from shardwise.search.choose import choose
 from shardwise.search.strategies import STRATEGIES, Candidate, Maker, strategies
-from tests.zoo import ZOO
+from tests.zoo import ZOO, graph_of
 
 
-def found(job: Job, ranks: int) -> dict[str, Candidate]:
-    return {c.strategy: c for c in strategies(job, ranks)}
+def found(name: str, ranks: int, **changed: Any) -> dict[str, Candidate]:
+    return {c.strategy: c for c in strategies(ZOO[name]().with_(**changed), ranks, graph_of(name))}
 
 
 def plan_of(candidate: Candidate) -> Plan:
@@ -29,29 +31,29 @@ def plan_of(candidate: Candidate) -> Plan:
 
 
 def test_transformer_is_split_by_heads_and_width() -> None:
-    dims = plan_of(found(ZOO["llama"](), 2)["tensor"]).axes[0].dims
+    dims = plan_of(found("llama", 2)["tensor"]).axes[0].dims
     assert any(d.startswith("heads@") for d in dims)
     assert any(d.startswith("width@") and "mlp" in d for d in dims)
 
 
 def test_every_strategy_has_a_candidate_that_fits_the_ranks() -> None:
     for ranks in (2, 4, 8):
-        for strategy, candidate in found(ZOO["gpt2"](), ranks).items():
+        for strategy, candidate in found("gpt2", ranks).items():
             if strategy == "hybrid" and ranks == 2:
                 assert candidate.plan is None and "product of two axes" in candidate.reason
             elif candidate.plan is not None:
                 assert candidate.plan.ranks == ranks
                 assert Plan.parse(candidate.plan.text()) == candidate.plan
-    assert [c.strategy for c in strategies(ZOO["gpt2"](), 2)] == list(STRATEGIES)
+    assert [c.strategy for c in strategies(ZOO["gpt2"](), 2, graph_of("gpt2"))] == list(STRATEGIES)
 
 
 def test_eight_ranks_make_a_product_of_three_axes() -> None:
-    plan = plan_of(found(ZOO["gpt2"](), 8)["hybrid"])
+    plan = plan_of(found("gpt2", 8)["hybrid"])
     assert [(a.name, a.size) for a in plan.axes] == [("pipeline", 2), ("data", 2), ("tensor", 2)]
 
 
 def test_batch_that_does_not_divide_is_not_split() -> None:
-    refused = found(ZOO["gpt2"]().with_(global_batch=6), 4)["data"]
+    refused = found("gpt2", 4, global_batch=6)["data"]
     assert refused.plan is None
     assert "6 samples" in refused.reason and "4 or 8" in refused.reason
 
@@ -70,20 +72,20 @@ def test_stages_are_balanced_by_work() -> None:
 
 
 def test_batch_norm_keeps_the_pipeline_at_one_micro_batch() -> None:
-    assert plan_of(found(ZOO["convnet_bn"](), 2)["pipeline"]).micro_batches == 1
-    assert plan_of(found(ZOO["gpt2"](), 2)["pipeline"]).micro_batches > 1
+    assert plan_of(found("convnet_bn", 2)["pipeline"]).micro_batches == 1
+    assert plan_of(found("gpt2", 2)["pipeline"]).micro_batches > 1
 
 
 def test_plans_are_ranked_by_their_price() -> None:
-    ranked = choose(ZOO["gpt2"](), 2)
+    ranked = choose(ZOO["gpt2"](), 2, graph_of("gpt2"))
     assert [r.seconds for r in ranked] == sorted(r.seconds for r in ranked)
     assert all(r.seconds == pytest.approx(sum(r.terms.values())) for r in ranked)
-    assert choose(ZOO["gpt2"](), 1)[0].plan.ranks == 1
+    assert choose(ZOO["gpt2"](), 1, graph_of("gpt2"))[0].plan.ranks == 1
 
 
 def test_slow_links_favour_the_plan_that_sends_least() -> None:
     job = ZOO["gpt2"]().with_(global_batch=512)
-    graph = Graph.of(job)
+    graph = graph_of("gpt2")
     plans = {c.strategy: plan_of(c) for c in strategies(job, 2, graph) if c.plan is not None}
     slow, fast = Cluster.load("2x1xh100-sxm+ethernet-1"), Cluster.load("2xh100-sxm").with_links(100, instant=True)
 

@@ -150,7 +150,7 @@ WHOLE: dict[str, Callable[[], Job]] = {
 }
 
 
-LONG = ("llama", "gemma3", "vit")
+LONG = ("llama", "gemma3", "vit", "gpt2")
 NAMES = [pytest.param(n, marks=pytest.mark.prove) if n in LONG else n for n in (*UNFOLDED, *WHOLE)]
 
 

@@ -118,7 +118,7 @@ def _peaks(job: Job, plan: Plan, small: Job) -> list[tuple[int, int]]:
         return ranks.run(peak, job, plan, small, timeout=200)
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_what_training_saved_is_what_the_next_run_begins_with(tmp_path: Path) -> None:
     job = ZOO["tied_lm"]()
     saved = tmp_path / "trained.safetensors"

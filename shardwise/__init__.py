@@ -11,7 +11,7 @@ Names are imported when they are first used, so that `import shardwise` is quick
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 # These packages share their names with functions of the façade. Imported first, they do not replace them later.
 import shardwise.plan
@@ -93,7 +93,8 @@ def plan(
     job: Job,
     cluster: Cluster | str | int,
     *,
-    objective: str = "time",
+    purpose: Literal["train", "predict"] = "train",
+    objective: str = "",
     memory: float | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> Plan:
@@ -102,7 +103,9 @@ def plan(
     Args:
         job: what to split; its weights are never allocated.
         cluster: a Cluster, the name or file of one, or a number of ranks of this machine.
-        objective: what is to be least: "time" of a step, "cost" in device-seconds, or "memory" of the fullest rank.
+        purpose: what the plan is for.
+        objective: what counts. To train: "time" of a step, which is usual, "cost" in device-seconds, or "memory" of the
+            fullest rank. To predict: "throughput" of many chunks, which is usual, "latency" of one, or "memory".
         memory: bytes that a rank may use, where it is less than its device has.
         fixed: sizes of axes ("pipeline", "data", "tensor") that are given; 1 forbids an axis.
 
@@ -116,7 +119,7 @@ def plan(
         from shardwise.report.planned import why
         from shardwise.search.space import Options
 
-        return why(job, cluster, Options(objective, memory, fixed or {}))[0]
+        return why(job, cluster, Options(objective, memory, fixed or {}, purpose=purpose))[0]
 
 
 def report(plan: Plan, result: Result, predicted: Mapping[str, float] | None = None) -> str:

@@ -112,7 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "where the outputs go, of one of these types; a run that was killed goes on with it"
     predict.add_argument("--output", type=Path, metavar="FILE", required=True, help=text)
     _ranks_option(predict)
-    predict.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it a replica on each rank")
+    split = predict.add_mutually_exclusive_group()
+    split.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it a replica on each rank")
+    text = "have one chosen for throughput, latency or memory"
+    split.add_argument("--objective", choices=("throughput", "latency", "memory"), help=text)
     predict.add_argument("--batch", type=positive, metavar="N", help="samples at a time, instead of the job's own")
 
     plan = command("plan", _plan, "choose how to split a job, and say why")
@@ -120,9 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     _batch_option(plan)
     text = "machines: a name such as 16x8xh100-sxm, or a .toml file (this machine)"
     plan.add_argument("--cluster", metavar="C", help=text)
-    plan.add_argument(
-        "--objective", choices=("time", "cost", "memory"), default="time", help="what is to be least (time)"
-    )
+    text = "what the plan is for (train)"
+    plan.add_argument("--for", dest="purpose", choices=("train", "predict"), default="train", help=text)
+    text = "what counts: time, cost or memory (time); to predict, throughput, latency or memory (throughput)"
+    plan.add_argument("--objective", default="", metavar="O", help=text)
     plan.add_argument("--memory", type=gigabytes, metavar="GB", help="a rank may use so much, if less than it has")
     text = "an axis (pipeline, data, expert, context or tensor) of a given size; 1 forbids it; may be repeated"
     plan.add_argument("--fix", type=axis, action="append", default=[], metavar="AXIS=N", help=text)
@@ -207,6 +211,12 @@ def _predict(arguments: argparse.Namespace) -> Answer:
     elif arguments.data is not None:
         data = load_data(arguments.data)
         run["input"] = code_of(arguments.data)
+    if arguments.objective is not None:
+        from shardwise.report.planned import why
+        from shardwise.search.space import Options
+
+        plan = why(job.with_(data=data), _ranks(arguments), Options(arguments.objective, purpose="predict"))[0]
+        print(f"{plan.text()}\n{plan.explain()}\n", flush=True)
     found = predict_file(job, data, arguments.output, run=run, plan=plan, ranks=arguments.ranks, spec=arguments.spec)
     print(found.text())
     return found.to_dict(), 0
@@ -222,7 +232,7 @@ def _plan(arguments: argparse.Namespace) -> Answer:
     if arguments.cluster is not None and arguments.ranks is not None:
         raise UserError("--cluster says how many ranks there are, so that --ranks cannot; leave out one of them")
     _check_data(job)
-    options = Options(arguments.objective, arguments.memory, dict(arguments.fix))
+    options = Options(arguments.objective, arguments.memory, dict(arguments.fix), purpose=arguments.purpose)
     with _progress() as tell:
         plan, explanation = why(job, arguments.cluster or _ranks(arguments), options, tell)
     print(f"{plan.text()}\n{plan.explain()}")

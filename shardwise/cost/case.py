@@ -61,7 +61,12 @@ class Case:
         places: of each pipeline rank.
         copies: how many alike layers the model has.
         besides: what the framework does that the plan does not say.
+
+    Attributes:
+        ways: how often what crosses a cut is carried: there and back.
     """
+
+    ways = 2
 
     def __init__(
         self,
@@ -326,10 +331,7 @@ class Case:
         carried = [self.tables[0].live[cut] for cut in cuts]
         sends = [float(self.sends(r, size)) for r, size in zip(owners, carried, strict=False)]
         turns = [float(t.turn) for t in times]
-        if self.ahead > 1:
-            total = ahead_seconds(self.ahead * ranks, micros, forward, backward, sends)
-        else:
-            total = pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends, turns)
+        total = self._through(forward, backward, sends, turns)
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
         bubble = max(total - compute - waits - sum(sent.values()), 0.0) if stages > 1 else 0.0
@@ -363,7 +365,21 @@ class Case:
             items["reserve"] += loose * self.reserve
             memory.append(items)
         limits = tuple(place.memory for place in self.places)
-        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits)
+        pace = self.pace(forward, sends)
+        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits, pace)
+
+    def pace(self, forward: Sequence[float], sends: Sequence[float]) -> float:
+        """Seconds from one batch to the next; 0 where the next waits for all that a step takes."""
+        return 0.0
+
+    def _through(
+        self, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float], turns: Sequence[float]
+    ) -> float:
+        """Seconds of all micro-batches through all stages, of which these are the seconds of each."""
+        plan = self.plan
+        if self.ahead > 1:
+            return ahead_seconds(self.ahead * plan.pipeline, plan.micro_batches, forward, backward, sends)
+        return pipeline_seconds(plan.schedule, plan.pipeline, plan.micro_batches, forward, backward, sends, turns)
 
 
 def _stages(tables: Sequence[Table], bounds: Sequence[int], owners: Sequence[int]) -> list[Stretches]:

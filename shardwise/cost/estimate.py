@@ -17,12 +17,15 @@ class Estimate:
         ranks: bytes of each pipeline rank, by item: "parameters", "gradients", "optimizer", "activations", "buffers",
             "reserve".
         limits: bytes that each pipeline rank has.
+        pace: seconds from one batch to the next where batches follow each other through a pipeline; 0 where each waits
+            for the end of the step before.
     """
 
     seconds: Mapping[str, float]
     hidden: Mapping[str, float]
     ranks: tuple[Mapping[str, float], ...]
     limits: tuple[float, ...]
+    pace: float = 0.0
 
     @property
     def step(self) -> float:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from shardwise.cost.case import Case
 from shardwise.cost.estimate import Estimate
+from shardwise.cost.forward import Forward, tensor_lives
 from shardwise.cost.gradients import gradient_lives
 from shardwise.cost.kernels import Kernels
 from shardwise.cost.place import Place, loads, places
@@ -58,7 +59,7 @@ class Pricer:
         Args:
             plan: how the model is split.
             cluster: the machines; ranks are placed in the order of its nodes.
-            batch: samples of a step.
+            batch: samples of a step; to predict, of a chunk, which every replica has one of.
             besides: what the framework does besides.
 
         Raises:
@@ -78,10 +79,11 @@ class Pricer:
                 f"the plan needs {plan.ranks} ranks, but cluster {cluster.name} has {cluster.ranks}; "
                 "give a larger cluster, or a plan for fewer ranks"
             )
-        data = [a.size for a in plan.axes if a.dims == ("batch",) and self.coupled]
+        spread = [a.size for a in plan.axes if a.dims == ("batch",)]
+        data = spread if self.coupled else []
         others = [a for a in plan.axes if a.name != PIPELINE and (a.dims != ("batch",) or data)]
         inner = tuple(SplitAxis(a.name, a.size, a.dims) for a in others)
-        samples = math.ceil(batch / plan.micro_batches)
+        samples = math.ceil(batch / plan.micro_batches) * (math.prod(spread) if self.graph.predicts else 1)
         # With its cluster, so that no other gets the id.
         mesh = tuple((a.name, a.size, a.dims == ("batch",)) for a in plan.axes)
         shards = besides.shards
@@ -102,13 +104,14 @@ class Pricer:
 
         made = {key: loaded(place) for key, place in {id(place): place for place in where}.items()}
         tables, held, there = zip(*(made[id(place)] for place in where), strict=True)
-        return Case(plan, self.profile, tables, held, there, self.copies, besides)
+        kind = Forward if self.graph.predicts else Case
+        return kind(plan, self.profile, tables, held, there, self.copies, besides)
 
     @cached_property
     def coupled(self) -> bool:
         """Whether operators on parameters' results need all samples at once, so that these are gathered for them."""
         graph = self.folded.graph
-        return any(
+        return not graph.predicts and any(
             any(v in graph.learned and counts_samples(v) for v in op.inputs)
             and not any(letter.dim.size == BATCH for letter in op.letters)
             for op in graph.ops
@@ -147,6 +150,10 @@ class Pricer:
         return gradient_lives(self.folded, self.saved)
 
     @cached_property
+    def _tensors(self) -> npt.NDArray[np.int_]:
+        return tensor_lives(self.folded)
+
+    @cached_property
     def traits(self) -> Traits:
         """What operators are before they are split."""
         return Traits(self.folded.graph, fused=self.profile.fused, prepared=self.profile.prepared)
@@ -179,7 +186,10 @@ class Pricer:
                 device, flash=p.flash, passes=p.passes, loss=p.loss, attention=p.attention, portable=p.portable,
                 eight=self.layers if besides.fp8 else frozenset(),
             )  # fmt: skip
-            return Rows(self.folded, self.work(split), samples, kernels, self._gradients if p.stepwise else None)
+            predicts = self.graph.predicts
+            gradients = self._gradients if p.stepwise and not predicts else None
+            tensors = self._tensors if predicts else None
+            return Rows(self.folded, self.work(split), samples, kernels, gradients, tensors)
 
         def make() -> Table:
             return Table(

@@ -113,6 +113,7 @@ class Rows:
         samples: of a micro-batch on this rank.
         kernels: seconds of an operator.
         gradients: lives of gradients, as of tensors in `folded`, where memory is followed through backward.
+        tensors: lives of tensors where there is no backward, and memory is followed through forward.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Rows:
         samples: int,
         kernels: Kernels,
         gradients: npt.NDArray[np.int_] | None = None,
+        tensors: npt.NDArray[np.int_] | None = None,
     ) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
@@ -133,6 +135,9 @@ class Rows:
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)
         self._gradients = gradients
+        if tensors is not None:
+            self.kept = self.halved = np.zeros_like(self.kept)
+            self.largest = self._there(tensors)[:-1]
 
     # Most splits of a large model need too much memory, and their times are never asked for.
 
@@ -150,9 +155,14 @@ class Rows:
 
     def _crossing(self, lives: npt.NDArray[np.int_]) -> Array:
         """Bytes of tensors of such lives that cross the cut before each operator, and at the end."""
+        begins, ends, numbers = lives
+        return self._there(np.array([begins + 1, ends, numbers]))
+
+    def _there(self, lives: npt.NDArray[np.int_]) -> Array:
+        """Bytes of tensors of such lives while each operator runs, and at the end."""
         change = np.zeros(len(self.folded.whole.ops) + 2)
         begins, ends, numbers = lives
-        np.add.at(change, begins + 1, self.bytes[numbers])
+        np.add.at(change, begins, self.bytes[numbers])
         np.add.at(change, ends + 1, -self.bytes[numbers])
         return np.cumsum(change)[:-1]
 

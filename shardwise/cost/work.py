@@ -209,7 +209,17 @@ class Work:
             channels = op.outputs[0].sizes[1].at(1) * 4
             forward.append(Message(DATA, "all_gather", 3 * channels))
             backward.append(Message(DATA, "all_reduce", 2 * channels))
+        for value in self._handed_out.intersection(op.outputs):
+            made = self.layout.states[value]
+            for a, axis in enumerate(self.axes):
+                size = self.local_bytes(value, samples, (*made[:a], WHOLE, *made[a + 1 :]))
+                forward += [Message(axis.name, kind, size) for kind in exchanged(made[a], WHOLE)[0] if axis.size > 1]
         return tuple(forward), tuple(backward)
+
+    @cached_property
+    def _handed_out(self) -> frozenset[Value]:
+        """Outputs of the model, which are joined on one rank."""
+        return frozenset(self.graph.results.values() if self.graph.predicts else ())
 
     @cached_property
     def _first_uses(self) -> Mapping[Op, list[tuple[Value, States]]]:

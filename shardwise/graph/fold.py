@@ -51,6 +51,7 @@ class Folded:
     def lives(self) -> npt.NDArray[np.int_]:
         """Of the tensors that depend on parameters three rows: what makes them, what reads them last, their numbers."""
         last = {v: op.index for op in self.whole.ops for v in op.inputs}
+        last |= dict.fromkeys(self.whole.results.values(), len(self.whole.ops))
         learned, numbers = self.whole.learned, self.numbers
         found = [(op.index, last[v], numbers[v]) for v, op in self.whole.producer.items() if v in learned and v in last]
         return np.array(found, dtype=int).reshape(-1, 3).T

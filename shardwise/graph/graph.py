@@ -161,6 +161,11 @@ class Graph:
             found[name] = value
         return found
 
+    @property
+    def predicts(self) -> bool:
+        """Whether it is run for the model's own output: without a loss, and without gradients."""
+        return self.captured.form is not None
+
     @cached_property
     def batch_dim(self) -> Dim | None:
         """The dim of samples; None where the model fixes their number."""

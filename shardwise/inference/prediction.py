@@ -166,7 +166,7 @@ class GraphPrediction:
         graph = Graph.of(job, module, example, purpose="predict")
         plan, bounds = _for_prediction(job, plan, module, graph, example)
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name not in plan.data), mesh.rank, mesh.recorder)
-        plan = plan.with_(axes=tuple(axis for axis in plan.axes if axis.name not in plan.data))
+        plan = plan.replica()
         check_fixed_batch(graph, plan)
         split = Split(graph, plan, inner, bounds)
         dtypes = lifts(dtype) if dtype is not None else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -133,6 +134,15 @@ class Plan:
     def data(self) -> tuple[str, ...]:
         """Names of the axes that split the batch and nothing else."""
         return tuple(axis.name for axis in self.axes if axis.dims == ("batch",) and axis.size > 1)
+
+    @property
+    def replicas(self) -> int:
+        """How many times the model is there: the product of the axes that split the batch and nothing else."""
+        return math.prod(axis.size for axis in self.axes if axis.name in self.data)
+
+    def replica(self) -> Plan:
+        """How one of its replicas is split: without the axes that split the batch and nothing else."""
+        return self.with_(axes=tuple(axis for axis in self.axes if axis.name not in self.data))
 
     def explain(self) -> str:
         """Why the planner chose this plan: its price, what it was chosen from, and what would change the choice."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from shardwise.engine.train import data_plan
 from shardwise.errors import PlanError
 from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
@@ -40,8 +41,11 @@ def why(
     """
     if not isinstance(cluster, Cluster):
         cluster = here(cluster) if isinstance(cluster, int) else Cluster.load(cluster)
-    maker = maker_of(job, cluster=cluster)
+    options = options or Options()
+    maker = maker_of(job, cluster=cluster, purpose=options.purpose)
     if not isinstance(maker, Maker):
+        if options.purpose == "predict":
+            return data_plan(cluster.ranks, job).with_(why=f"a replica on each rank, for {maker.why}"), None
         best = choose(job, cluster.ranks)[0]
         return best.plan.with_(why=best.reason), None
     explanation = explain(maker, cluster, options, tell)
@@ -65,7 +69,17 @@ def page(e: Explanation) -> str:
 
 def head(e: Explanation) -> str:
     """What was planned, and where."""
-    return f"{e.job} on {e.cluster.name} ({_devices(e.cluster.ranks)}), {e.batch:,} samples a step"
+    return f"{e.job} on {e.cluster.name} ({_devices(e.cluster.ranks)}), {e.batch:,} samples {unit(e)}"
+
+
+def unit(e: Explanation) -> str:
+    """Of what the seconds are: a step, or, to predict, a chunk of samples."""
+    return "a chunk" if e.options.purpose == "predict" else "a step"
+
+
+def rate(e: Explanation, priced: Priced) -> str:
+    """Samples a second of a plan that predicts, where chunks follow each other."""
+    return f"{e.batch / priced.value('throughput'):,.4g} samples/s"
 
 
 def facts(e: Explanation) -> list[tuple[str, str]]:
@@ -75,7 +89,10 @@ def facts(e: Explanation) -> list[tuple[str, str]]:
     estimate = best.estimate
     items = sorted(estimate.seconds.items(), key=lambda item: -item[1])
     told = ", ".join(f"{name} {duration(s)}" for name, s in items if s > 0)
-    lines = [("a step", f"{duration(estimate.step)}: {told}")]
+    lines = [(unit(e), f"{duration(estimate.step)}: {told}")]
+    if e.options.purpose == "predict":
+        copies = f"{best.plan.replicas} replicas, each " if best.plan.replicas > 1 else ""
+        lines.append(("throughput", f"{rate(e, best)}: {copies}a chunk every {duration(estimate.pace)}"))
     if any(estimate.hidden.values()):
         hidden = ", ".join(f"{axis} {duration(s)}" for axis, s in estimate.hidden.items() if s)
         lines.append(("hidden", f"communication behind computing: {hidden}"))
@@ -84,7 +101,7 @@ def facts(e: Explanation) -> list[tuple[str, str]]:
     told = ", ".join(f"{name} {size(b)}" for name, b in sizes if b)
     lines.append(("memory", f"{size(estimate.peak)} of {size(estimate.limits[fullest])}: {told}"))
     if e.alone is not None:
-        fewest, ratio = e.alone.plan.ranks, e.alone.estimate.step / estimate.step
+        fewest, ratio = e.alone.plan.ranks, worth(e, e.alone) / worth(e, best)
         part = f"{percent(ratio / (e.cluster.ranks / fewest))} of {e.cluster.ranks / fewest:g}×"
         lines.append(("speed-up", f"{times(ratio)} over {_devices(fewest)}, the fewest that it fits; {part}"))
     sent = sum(s for item, s in estimate.seconds.items() if item.startswith("communication"))
@@ -92,7 +109,7 @@ def facts(e: Explanation) -> list[tuple[str, str]]:
         ratio = estimate.seconds["compute"] / sent
         lines.append(("computing", f"{ratio:,.1f} times as long as communication that nothing hides"))
     share = estimate.seconds.get(e.binding)
-    part = "" if share is None else f", {percent(share / estimate.step)} of a step"
+    part = "" if share is None else f", {percent(share / estimate.step)} of {unit(e)}"
     lines.append(("limited by", f"{e.binding}{part}"))
     gap = percent(found.gap)
     if found.complete:
@@ -103,27 +120,32 @@ def facts(e: Explanation) -> list[tuple[str, str]]:
     return lines
 
 
+def worth(e: Explanation, priced: Priced) -> float:
+    """Seconds by which plans are compared: of a step or a chunk, or of a chunk of many where throughput counts."""
+    return priced.value("throughput") if e.options.objective == "throughput" else priced.estimate.step
+
+
 def others(e: Explanation) -> list[list[str]]:
     """A table of the best plans that are split differently; its first row names the columns."""
-    rows = [["", "another plan", "a step", "memory", "loses", "where"]]
+    rows = [["", "another plan", *_columns(e), "loses", "where"]]
     if e.found.best is not None:
         for place, other in enumerate(e.others, 2):
-            rows.append([str(place), title(other), *_cells(other), *_loss(other, e.found.best)])
+            rows.append([str(place), title(other), *_cells(e, other), *_loss(e, other, e.found.best)])
     return rows
 
 
 def well_known(e: Explanation) -> list[list[str]]:
     """A table of the well-known strategies."""
-    rows = [["well-known", "its best plan", "a step", "memory", "loses", "where"]]
-    return rows + [_known(known, e.found.best) for known in e.known]
+    rows = [["well-known", "its best plan", *_columns(e), "loses", "where"]]
+    return rows + [_known(e, known, e.found.best) for known in e.known]
 
 
 def changed(e: Explanation) -> list[list[str]]:
     """A table of what other machines would do."""
-    rows, best = [["if there were", "the best plan", "a step", "gains"]], e.found.best
+    rows, best = [["if there were", "the best plan", unit(e), "gains"]], e.found.best
     for name, other in (e.changes or {}).items():
         if other is not None and best is not None:
-            gained = percent(1 - other.estimate.step / best.estimate.step)
+            gained = percent(1 - worth(e, other) / worth(e, best))
             same = "the same" if other.plan == best.plan else title(other)
             rows.append([name, same, duration(other.estimate.step), gained])
     return rows
@@ -135,7 +157,7 @@ def nothing(e: Explanation) -> str:
     where = f"on {e.cluster.name} ({_devices(e.cluster.ranks)})"
     if tight is None:
         reasons = "; ".join(f"{k.name}: {k.reason}" for k in e.known if k.reason)
-        return f"nothing splits {e.job} {where} with {e.batch:,} samples a step as asked for: {reasons}"
+        return f"nothing splits {e.job} {where} with {e.batch:,} samples {unit(e)} as asked for: {reasons}"
     estimate = tight.estimate
     limit = f"the limit of {size(e.options.memory)}" if e.options.memory else "what it has"
     over = max(estimate.over, estimate.peak - e.options.memory if e.options.memory else estimate.over)
@@ -145,31 +167,46 @@ def nothing(e: Explanation) -> str:
     )
 
 
-def _known(known: Known, best: Priced | None) -> list[str]:
+def _known(e: Explanation, known: Known, best: Priced | None) -> list[str]:
     if known.best is not None:
-        loss = _loss(known.best, best) if best is not None else ["", ""]
+        loss = _loss(e, known.best, best) if best is not None else ["", ""]
         if best is not None and known.best.plan == best.plan:
             loss = ["", "is the best plan"]
-        return [known.name, title(known.best), *_cells(known.best), *loss]
+        return [known.name, title(known.best), *_cells(e, known.best), *loss]
+    empty = [""] * len(_columns(e))
     if known.tight is not None:
         over = known.tight.estimate.over
-        return [known.name, title(known.tight), *_cells(known.tight), "", f"does not fit, by {size(over)}"]
-    return [known.name, "", "", "", "", known.reason]
+        return [known.name, title(known.tight), *_cells(e, known.tight), "", f"does not fit, by {size(over)}"]
+    return [known.name, "", *empty, "", known.reason]
 
 
-def _cells(priced: Priced) -> list[str]:
-    return [duration(priced.estimate.step), size(priced.estimate.peak)]
+def _columns(e: Explanation) -> list[str]:
+    return [unit(e), *(["throughput"] if e.options.purpose == "predict" else []), "memory"]
 
 
-def _loss(other: Priced, best: Priced) -> list[str]:
+def _cells(e: Explanation, priced: Priced) -> list[str]:
+    rates = [rate(e, priced)] if e.options.purpose == "predict" else []
+    return [duration(priced.estimate.step), *rates, size(priced.estimate.peak)]
+
+
+def _loss(e: Explanation, other: Priced, best: Priced) -> list[str]:
     """By what part a plan is slower than the best, and in which items it takes longer."""
-    step = best.estimate.step
-    mine, theirs = best.estimate.seconds, other.estimate.seconds
+    step = worth(e, best)
+    mine, theirs = _items(e, best), _items(e, other)
     more = {item: theirs.get(item, 0.0) - mine.get(item, 0.0) for item in [*theirs, *mine]}
     told = [
         f"{item} +{percent(s / step)}" for item, s in sorted(more.items(), key=lambda i: -i[1]) if s > _SHOWN * step
     ]
-    return [percent(other.estimate.step / step - 1), ", ".join(told)]
+    return [percent(worth(e, other) / step - 1), ", ".join(told)]
+
+
+def _items(e: Explanation, priced: Priced) -> Mapping[str, float]:
+    """Seconds by item; where throughput counts, of a chunk of many."""
+    if e.options.objective != "throughput":
+        return priced.estimate.seconds
+    steady = {item: s for item, s in priced.estimate.seconds.items() if item != "bubble"}
+    idle = priced.estimate.pace - sum(steady.values())
+    return {item: s / priced.plan.replicas for item, s in (steady | {"unequal stages": idle}).items()}
 
 
 def title(priced: Priced) -> str:
@@ -178,14 +215,15 @@ def title(priced: Priced) -> str:
     words = [plan.title()]
     if plan.stages > 1:
         each = plan.stages // plan.pipeline
-        words.append(plan.schedule + (f" of {each} stages a rank" if each > 1 else ""))
+        ways = "" if priced.estimate.pace else plan.schedule  # the way there alone has but one
+        words.append(f"{ways}{f' of {each} stages a rank' if each > 1 else ''}")
     if plan.recompute:
         named = not any("*" in pattern for pattern in plan.recompute)
         count = len(plan.recompute)
         words.append(f"recompute of {count} block{'s' * (count > 1)}" if named else "recompute")
     if any(dim.startswith("sequence") for axis in plan.axes if axis.name == "tensor" for dim in axis.dims):
         words.append("sequence")
-    return ", ".join(words)
+    return ", ".join(word for word in words if word)
 
 
 def _devices(count: int) -> str:
@@ -200,6 +238,7 @@ def to_dict(e: Explanation) -> dict[str, Any]:
         "batch": e.batch,
         "cluster": e.cluster.name,
         "devices": e.cluster.ranks,
+        "purpose": e.options.purpose,
         "objective": e.options.objective,
         "best": _priced(best),
         "alone": _priced(e.alone),
@@ -226,6 +265,7 @@ def _priced(priced: Priced | None) -> Mapping[str, Any] | None:
         "title": title(priced),
         "plan": priced.plan.text(),
         "seconds": estimate.step,
+        "pace": estimate.pace or None,
         "items": dict(estimate.seconds),
         "hidden": dict(estimate.hidden),
         "bytes": estimate.peak,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from shardwise.report.html import document, grid, listed, section, tiles
-from shardwise.report.planned import changed, facts, head, others, title, well_known
+from shardwise.report.planned import changed, facts, head, others, rate, title, unit, well_known, worth
 from shardwise.report.plots import Bar, bars
 from shardwise.report.terminal import duration, percent, size, times
 from shardwise.search.explain import Explanation
@@ -26,7 +26,7 @@ def page(e: Explanation) -> str:
         tiles(_figures(e, best)),
         section("Why this plan", listed(facts(e))),
         section("The plan", f"<pre>{escape(best.plan.text())}</pre>"),
-        section("Time", _time(plans)),
+        section("Time", _time(e, plans)),
         section("Memory", _memory(plans)),
     ]
     tables = (
@@ -47,9 +47,11 @@ def page(e: Explanation) -> str:
 
 def _figures(e: Explanation, best: Priced) -> list[tuple[str, str]]:
     estimate = best.estimate
-    found = [(duration(estimate.step), "a step, predicted")]
+    found = [(duration(estimate.step), f"{unit(e)}, predicted")]
+    if e.options.purpose == "predict":
+        found.append((rate(e, best), "of many chunks"))
     if e.alone is not None:
-        ratio, fewest = e.alone.estimate.step / estimate.step, e.alone.plan.ranks
+        ratio, fewest = worth(e, e.alone) / worth(e, best), e.alone.plan.ranks
         found.append(
             (times(ratio), f"as fast as {fewest:,} of the {e.cluster.ranks:,} devices, the fewest that it fits")
         )
@@ -58,14 +60,14 @@ def _figures(e: Explanation, best: Priced) -> list[tuple[str, str]]:
     return found
 
 
-def _time(plans: list[Priced]) -> str:
+def _time(e: Explanation, plans: list[Priced]) -> str:
     rows = []
     for priced in plans:
         items = priced.estimate.seconds
         sent = sum(s for item, s in items.items() if item.startswith("communication"))
         parts = (items.get("compute", 0.0), sent, *(items.get(key, 0.0) for key in ("overhead", "bubble", "update")))
         rows.append(Bar(title(priced), tuple(p * 1e3 for p in parts), duration(priced.estimate.step)))
-    return bars(rows, parts=_SECONDS, title="Where the time of a step goes", x_label="milliseconds a step")
+    return bars(rows, parts=_SECONDS, title=f"Where the time of {unit(e)} goes", x_label=f"milliseconds {unit(e)}")
 
 
 def _memory(plans: list[Priced]) -> str:

@@ -70,7 +70,7 @@ def best_cuts(case: Case, chunks: int, limit: float | None = None, *, objective:
         case: the plan but for its cuts.
         chunks: stages of each rank.
         limit: bytes that a rank may use, where it is less than it has; infinite for cuts that need not fit.
-        objective: "time" of a step, or "memory" of the fullest rank.
+        objective: as in `search.space.Options`.
     """
     return Cuts(case, chunks, limit).best(objective)
 
@@ -88,7 +88,7 @@ class Cuts:
 
     def exact(self, objective: str) -> bool:
         """Whether the best ones are the best of all that there are, and not of those with a steady pace."""
-        return self.few or objective == "memory"
+        return self.few or objective in ("memory", "throughput")
 
     @cached_property
     def _grid(self) -> _Grid | None:
@@ -101,17 +101,26 @@ class Cuts:
         if not self.enough:
             return None
         if objective != "memory" and self.few:
-            return _best_of_all(self.case, self.places, self.stages, self.limit)
+            return _best_of_all(self.case, self.places, self.stages, self.limit, objective)
         if self._grid is None:
             return None
         if objective == "memory":
             found = [_through(self._grid.used, _slowest(self._grid.used))[1]]
+        elif objective == "throughput":
+            # Of the cuts with the best pace those whose way is the shortest.
+            found = [_through(self._grid.times, _slowest(self._grid.times))[1]]
         else:
             found = _candidates(self._grid, self.case.plan.micro_batches)
         cuts = [[self._bounds[i] for i in path[1:-1]] for path in found]
         if len(cuts) < 2:
             return cuts[0] if cuts else None
         return min(cuts, key=lambda c: self.case.estimate(c).step)
+
+    def pace(self) -> float:
+        """Seconds from one chunk to the next that no cuts beat, in prediction; infinite where none fit."""
+        if not self.enough or self._grid is None:
+            return math.inf
+        return self.case.plan.micro_batches * _slowest(self._grid.times)
 
     def least(self) -> float:
         """Seconds of a step, less its end where ranks have several stages, that no cuts beat; infinite where none fit.
@@ -130,7 +139,8 @@ class Cuts:
         for takes, fit in zip(reversed(grid.takes), reversed(grid.fits), strict=True):
             total = np.maximum(alone[id(takes)], takes.ways + reached[None, :])
             reached = np.where(fit, total, np.inf).min(axis=1)
-        rounds = -(-micros // self.stages) if self.case.plan.schedule == "1f1b" else 0
+        returns = self.case.plan.schedule == "1f1b" and self.case.ways > 1
+        rounds = -(-micros // self.stages) if returns else 0
         return max(float(reached[0]), rounds * _through(grid.times, np.inf)[0] + _slowest(grid.tails))
 
     def _share(self, first: int) -> float:
@@ -151,12 +161,18 @@ def _none_but_last(bounds: Sequence[int]) -> Array:
     return found
 
 
-def _best_of_all(case: Case, places: Sequence[int], stages: int, limit: float | None) -> list[int] | None:
+def _best_of_all(
+    case: Case, places: Sequence[int], stages: int, limit: float | None, objective: str
+) -> list[int] | None:
     """The best of all cuts, each priced in full."""
     found = [(case.estimate(cuts), cuts) for cuts in map(list, combinations(places, stages - 1))]
     if limit != math.inf:
         found = [(e, cuts) for e, cuts in found if e.fits and (limit is None or e.peak <= limit)]
-    return min(found, key=lambda each: each[0].step)[1] if found else None
+    if objective == "throughput":
+        found.sort(key=lambda each: each[0].pace)
+    else:
+        found.sort(key=lambda each: each[0].step)
+    return found[0][1] if found else None
 
 
 class _Takes(NamedTuple):
@@ -254,7 +270,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     for kind, rank in kinds.items():
         s = _stretches(case.tables[rank], tuple(bounds))
         times = case.times(rank, s)
-        sends = 2 * case.sends(rank, live)
+        sends = case.ways * case.sends(rank, live)
         sends[-1] = 0.0  # nothing is carried out of the last
         shown, _, others = case.reduction(rank, s, times.backward)
         tail = sum(others.values(), shown) + case.update(rank, s)

@@ -63,7 +63,8 @@ class Explanation:
         best = self.found.best
         assert best is not None
         more = (self.changes or {}).get("twice the memory")
-        if more is not None and more.estimate.step < 0.99 * best.estimate.step:
+        objective = self.options.objective
+        if objective != "memory" and more is not None and more.value(objective) < 0.99 * best.value(objective):
             return "memory"
         return max(best.estimate.seconds, key=lambda item: best.estimate.seconds[item])
 
@@ -102,11 +103,17 @@ def _search(maker: Maker, cluster: Cluster, options: Options) -> Found:
 def _known(maker: Maker, cluster: Cluster, options: Options) -> list[Known]:
     tensor = min(_MEGATRON, cluster.nodes[0].devices, cluster.ranks)
     megatron = {"tensor": tensor, "expert": 1, "context": 1}
-    classes = (
+    classes: tuple[tuple[str, str, dict[str, int], tuple[int, ...]], ...] = (
         ("data parallel", "data", _only("data"), (0,)),
         ("sharded data parallel (ZeRO-3, FSDP)", "sharded", _only("data"), (3,)),
         (f"tensor {tensor}, then pipeline and data (Megatron)", "tensor", megatron, (0, 1)),
     )
+    if options.purpose == "predict":
+        classes = (
+            ("replicas (data parallel)", "data", _only("data"), (0,)),
+            (f"tensor {tensor}, then pipeline and data", "tensor", megatron, (0,)),
+            ("a pipeline", "pipeline", _only("pipeline"), (0,)),
+        )
     found = []
     for name, strategy, fixed, zero in classes:
         wanted = replace(options, fixed={**fixed, **options.fixed}, zero=[z for z in zero if z in options.zero])

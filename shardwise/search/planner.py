@@ -39,9 +39,11 @@ class Priced:
     estimate: Estimate
 
     def value(self, objective: str) -> float:
-        """What an objective asks to be small: seconds, device-seconds or bytes."""
+        """What an objective asks to be small: seconds, device-seconds, seconds a chunk of many, or bytes."""
         if objective == "memory":
             return self.estimate.peak
+        if objective == "throughput":
+            return self.estimate.pace / self.plan.replicas
         return self.estimate.step * (self.plan.ranks if objective == "cost" else 1)
 
 
@@ -240,6 +242,8 @@ class Planner:
         if ranks == 1:
             return Priced(shape.plan(**self._more), case.estimate([])).value(objective)
         rest, pace, through, forward = self._end(case)
+        if objective == "throughput":
+            return micros * pace / case.plan.replicas
         staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
         halved = least_filling(ranks, shape.chunks) * pace if len(kinds) == 1 else 0.0
         filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
@@ -277,6 +281,8 @@ class Planner:
         objective = self.space.options.objective
         if shape.pipeline == 1 or objective == "memory" or (cuts.few and shape.chunks > 1):
             return bound  # where all cuts are tried, stages need not keep to their share of a rank's memory
+        if objective == "throughput":
+            return cuts.pace() / cuts.case.plan.replicas
         step = cuts.least() + (self._end(cuts.case)[0] if shape.chunks > 1 else 0.0)
         return max(bound, step * (cuts.case.plan.ranks if objective == "cost" else 1))
 

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
 from shardwise.search.shares import fair_shares
 
-OBJECTIVES = ("time", "cost", "memory")
+OBJECTIVES = {"train": ("time", "cost", "memory"), "predict": ("throughput", "latency", "memory")}
+"""What may be looked for, by what a plan is for; the first is usual."""
 AXES = ("pipeline", "data", "expert", "context", "tensor")
 """What a mesh is made of, outermost axis first: neighbouring ranks talk most."""
 SPLIT = ("expert", "context", "tensor")
@@ -28,23 +29,34 @@ class Options:
     """What to look for.
 
     Attributes:
-        objective: "time" of a step; "cost", the device-seconds of a step, where fewer devices may be used; or "memory"
-            of the fullest rank.
+        objective: to train, "time" of a step; "cost", the device-seconds of a step, where fewer devices may be used; or
+            "memory" of the fullest rank. To predict, "throughput" of many chunks, "latency" of one, or "memory".
         memory: bytes that a rank may use, where it is less than its device has.
         fixed: sizes of axes that are given; 1 forbids an axis.
         zero: ZeRO stages that are allowed.
         recompute: whether blocks may be computed again.
+        purpose: what the plan is for, "train" or "predict".
     """
 
-    objective: str = "time"
+    objective: str = ""
     memory: float | None = None
     fixed: Mapping[str, int] = field(default_factory=dict)
     zero: Sequence[int] = (0, 1, 2, 3)
     recompute: bool = True
+    purpose: Literal["train", "predict"] = "train"
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise PlanError(f"the objective must be one of {', '.join(OBJECTIVES)}, but is {self.objective!r}")
+        known = OBJECTIVES[self.purpose]
+        if not self.objective:
+            object.__setattr__(self, "objective", known[0])
+        if self.objective not in known:
+            raise PlanError(
+                f"the objective must be one of {', '.join(known)} for a plan to {self.purpose}, "
+                f"but is {self.objective!r}"
+            )
+        if self.purpose == "predict":  # which keeps nothing for backward, and has no optimizer
+            object.__setattr__(self, "zero", (0,))
+            object.__setattr__(self, "recompute", False)
         if self.memory is not None and self.memory <= 0:
             raise PlanError(f"the memory limit must be above 0 bytes, but is {self.memory:g}; leave it out for none")
         for name, size in self.fixed.items():
@@ -146,10 +158,14 @@ class Space:
                     continue
                 if math.prod(others) > MOST_INNER:
                     continue
-                spread = data * sizes["expert"]
+                spread = self._spread(sizes)
                 if spread > 1 and (not self.splits_batch or self.batch % spread):
                     continue
                 yield sizes
+
+    def _spread(self, sizes: Mapping[str, int]) -> int:
+        """Over how many ranks the samples of a step are spread; to predict, those of a chunk, which a replica takes."""
+        return sizes["expert"] * (1 if self.options.purpose == "predict" else sizes["data"])
 
     def _sizes(self, name: str, ranks: int) -> list[int]:
         """The sizes that an axis of so many ranks at most may have."""
@@ -173,7 +189,7 @@ class Space:
 
     def _shares(self, sizes: Mapping[str, int], micros: int) -> tuple[int, ...]:
         """How ranks along the data axis share a micro-batch out by their speeds; none where equally."""
-        if not self.speeds:
+        if not self.speeds or self.options.purpose == "predict":
             return ()
         inner = math.prod(sizes[name] for name in SPLIT)
         # Seconds of each place along the axis, of its slowest device in each stage, over all stages.
@@ -188,7 +204,7 @@ class Space:
         Samples are only cut along a context axis where there are too few of them: of a micro-batch of several, as many
         ranks along the data axis compute as much and send less.
         """
-        samples = self.batch // sizes["data"] // sizes["expert"]
+        samples = self.batch // self._spread(sizes)
         movable = self.splits_batch and not {"data", "context"} & self.options.fixed.keys()
         for micros in divisors(samples) if self.splits_time else (1,):
             size = samples // micros
@@ -199,9 +215,12 @@ class Space:
             yield micros
 
     def schedules(self, pipeline: int, micros: int) -> Iterator[tuple[str, int]]:
-        """Schedules, and how many stages each rank has; where memory counts, the one that keeps least."""
+        """Schedules, and how many stages each rank has; where memory counts, the one that keeps least.
+
+        To predict there is but one, for they differ in when they go back.
+        """
         yield "1f1b", 1
-        if pipeline == 1 or micros < 2 or self.options.objective == "memory":
+        if pipeline == 1 or micros < 2 or self.options.objective == "memory" or self.options.purpose == "predict":
             return
         if micros % pipeline == 0:
             for chunks in _CHUNKS:

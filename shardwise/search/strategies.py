@@ -13,6 +13,7 @@ from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES
 from shardwise.errors import CaptureError, PlanError
 from shardwise.graph.blocks import twins
+from shardwise.graph.capture import Purpose
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
@@ -48,20 +49,22 @@ def strategies(job: Job, ranks: int, graph: Graph | None = None) -> list[Candida
     return [maker.candidate(strategy, ranks) for strategy in STRATEGIES]
 
 
-def maker_of(job: Job, graph: Graph | None = None, cluster: Cluster | None = None) -> Maker | ModuleMaker:
+def maker_of(
+    job: Job, graph: Graph | None = None, cluster: Cluster | None = None, *, purpose: Purpose = "train"
+) -> Maker | ModuleMaker:
     """What makes plans for a job: from its graph, or from its module where it does not capture."""
     try:
-        return Maker(job, graph if graph is not None else Graph.of(job), cluster)
+        return Maker(job, graph if graph is not None else Graph.of(job, purpose=purpose), cluster)
     except CaptureError as error:
         return ModuleMaker(job, str(error))
 
 
 class Maker:
-    """Makes plans for one job."""
+    """Makes plans for one job: to predict, where its graph does."""
 
     def __init__(self, job: Job, graph: Graph, cluster: Cluster | None = None) -> None:
         self.job, self.graph, self._given = job, graph, cluster
-        self.pricer = Pricer(graph, replace(PROFILES["shardwise"], state=state_bytes(job)))
+        self.pricer = Pricer(graph, replace(PROFILES["shardwise"], state=0 if graph.predicts else state_bytes(job)))
         self._dims: dict[int, tuple[str, ...]] = {}
         self._groups: dict[int, list[tuple[str, ...]]] = {}
         self._here: dict[int, Cluster] = {}
@@ -109,6 +112,7 @@ class Maker:
         Raises:
             PlanError: it does not fit.
         """
+        plan = plan.replica() if self.graph.predicts else plan
         check_fixed_batch(self.graph, plan)
         return Split(self.graph, plan, Mesh.build(plan.axes, rank=0))
 
@@ -133,6 +137,8 @@ class Maker:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _check_batch(self, ranks: int) -> None:
+        if self.graph.predicts:
+            return  # a replica takes whole chunks
         total, fixed = self.job.global_batch, self.graph.captured.fixed_batch
         if fixed is not None:
             raise NotApplicable(f"the model fixes its batch at {fixed} samples, so the batch cannot be cut")
@@ -196,7 +202,9 @@ class Maker:
 
     def _costs(self, name: str, ranks: int, cluster: Cluster) -> Callable[[tuple[str, ...]], dict[str, float]]:
         """Seconds of computing and of sending, for dims that so many ranks split."""
-        batch = max(1, self.job.global_batch * ranks // cluster.ranks)
+        batch = self.job.global_batch
+        if not self.graph.predicts:
+            batch = max(1, batch * ranks // cluster.ranks)
 
         def cost(dims: tuple[str, ...]) -> dict[str, float]:
             seconds = self.pricer.price(Plan((PlanAxis(name, ranks, dims),)), cluster, batch).seconds
@@ -207,7 +215,8 @@ class Maker:
 
     def _pipelined(self, plan: Plan, axes: list[PlanAxis], ranks: int, data: int) -> Plan:
         plan = plan.with_(axes=tuple(axes), cuts=("-",) * (ranks - 1))
-        for micros in (*micro_batches(self.job.global_batch // data, ranks), 1):
+        samples = self.job.global_batch // (1 if self.graph.predicts else data)
+        for micros in (*micro_batches(samples, ranks), 1):
             cut = self.cut(plan.with_(micro_batches=micros), ranks)
             try:
                 self.split(cut)
@@ -263,6 +272,8 @@ class Maker:
             if axis.name == PIPELINE:
                 micro = f"{plan.micro_batches} micro-batches" if plan.micro_batches > 1 else "one batch at a time"
                 parts.append(f"{plan.stages} stages, {micro}")
+            elif axis.dims == ("batch",) and self.graph.predicts:
+                parts.append(f"chunks of {self.job.global_batch} samples to {axis.size} replicas")
             elif axis.dims == ("batch",):
                 kept = f", state sharded by ZeRO-{plan.zero}" if plan.zero else ""
                 parts.append(f"{self.job.global_batch} samples over {axis.size} ranks{kept}")

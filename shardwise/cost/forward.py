@@ -1,0 +1,89 @@
+"""Forward: a plan as it predicts: the way there alone, chunk after chunk, with what is needed and no longer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from shardwise.cost.case import Case
+from shardwise.cost.place import Place
+from shardwise.cost.profile import NOTHING, Besides, Profile
+from shardwise.cost.table import Held, Table
+from shardwise.cost.traits import is_view
+from shardwise.cost.weights import Array
+from shardwise.graph.fold import Folded
+from shardwise.graph.rules import Value
+from shardwise.plan.plan import Plan
+
+
+class Forward(Case):
+    """A plan as it predicts but for where its stages begin; arguments as for `Case`.
+
+    Its step is a chunk on each replica: axes that split the batch alone make replicas, which wait for nobody. Micro-
+    batches go through the stages one behind the other, and so do chunks.
+    """
+
+    ways = 1
+
+    def __init__(
+        self,
+        plan: Plan,
+        profile: Profile,
+        tables: Sequence[Table],
+        held: Sequence[Table],
+        places: Sequence[Place],
+        copies: int,
+        besides: Besides = NOTHING,
+    ) -> None:
+        # There are no gradients to keep or to add, and no optimizer.
+        profile = replace(profile, state=0, gradient=0, beside=0, accumulate=0.0)
+        super().__init__(plan, profile, tables, held, places, copies, besides)
+        self.data = self.shards = 1
+
+    def reduction(self, rank: int, s: Held, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
+        """No gradients are summed."""
+        none = np.zeros_like(s.weights)
+        return none, none, {}
+
+    def update(self, rank: int, s: Held) -> Array:
+        """Nothing is updated."""
+        return np.zeros_like(s.weights)
+
+    def pace(self, forward: Sequence[float], sends: Sequence[float]) -> float:
+        """Seconds from one chunk to the next in a pipeline that is full: its slowest stage's."""
+        return self.plan.micro_batches * _slowest(forward, sends)
+
+    def _through(
+        self, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float], turns: Sequence[float]
+    ) -> float:
+        return sum(forward) + sum(sends) + (self.plan.micro_batches - 1) * _slowest(forward, sends)
+
+    def _step(self) -> float:
+        return 0.0
+
+
+def _slowest(forward: Sequence[float], sends: Sequence[float]) -> float:
+    """Seconds of a micro-batch on the slowest stage, with carrying it on."""
+    return max(f + s for f, s in zip(forward, [*sends, 0.0], strict=True))
+
+
+def tensor_lives(folded: Folded) -> npt.NDArray[np.int_]:
+    """Of tensors that depend on parameters three rows: what makes them, what reads them last, their numbers.
+
+    A view is not a tensor of its own: what it is a view of lives as long as it is read. What the model returns is read
+    at the end.
+    """
+    whole, numbers = folded.whole, folded.numbers
+    roots: dict[Value, Value] = {}
+    last: dict[Value, int] = {}
+    for op in whole.ops:
+        for value in op.inputs:
+            last[roots.get(value, value)] = op.index
+        if is_view(op) and op.inputs:
+            roots |= dict.fromkeys(op.outputs, roots.get(op.inputs[0], op.inputs[0]))
+    last |= dict.fromkeys((roots.get(v, v) for v in whole.results.values()), len(whole.ops))
+    made = [(v, op.index) for v, op in whole.producer.items() if v in whole.learned and v not in roots]
+    return np.array([(at, last.get(v, at), numbers[v]) for v, at in made], dtype=int).reshape(-1, 3).T

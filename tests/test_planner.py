@@ -20,6 +20,7 @@ from shardwise.cost.pricer import Pricer
 from shardwise.cost.timeline import pipeline_seconds
 from shardwise.errors import PlanError
 from shardwise.graph.blocks import blocks
+from shardwise.graph.capture import Purpose
 from shardwise.graph.fold import fold
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
@@ -76,9 +77,9 @@ def mixture(width: int, batch: int) -> Job:
 
 
 @cache
-def graph_of(widths: tuple[int, ...]) -> Graph:
+def graph_of(widths: tuple[int, ...], purpose: Purpose = "train") -> Graph:
     """Of a mixture for one width, of a perceptron for several."""
-    return Graph.of(job_of(widths, 8))
+    return Graph.of(job_of(widths, 8), purpose=purpose)
 
 
 def job_of(widths: tuple[int, ...], batch: int) -> Job:
@@ -86,7 +87,8 @@ def job_of(widths: tuple[int, ...], batch: int) -> Job:
 
 
 def planner(widths: tuple[int, ...], batch: int, cluster: Cluster, options: Options) -> Planner:
-    return planner_of(Maker(job_of(widths, batch), graph_of(widths), cluster), cluster, cluster.ranks, options)
+    graph = graph_of(widths, options.purpose)
+    return planner_of(Maker(job_of(widths, batch), graph, cluster), cluster, cluster.ranks, options)
 
 
 def everything(planner: Planner) -> float | None:
@@ -128,11 +130,11 @@ def test_many_picks_are_the_best_of_everything(widths: Widths, batch: int, name:
     check_pick(widths, batch, name, wanted)
 
 
-def check_pick(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
+def check_pick(widths: Widths, batch: int, name: str, wanted: Wanted, purpose: Purpose = "train") -> None:
     cluster = Cluster.load(name)
     objective, share, fixed = wanted
-    whole = Pricer(graph_of(widths)).price(Plan(), cluster, batch).peak
-    options = Options(objective, None if share is None else share * whole, fixed)
+    whole = Pricer(graph_of(widths, purpose)).price(Plan(), cluster, batch).peak
+    options = Options(objective, None if share is None else share * whole, fixed, purpose=purpose)
     made = planner(widths, batch, cluster, options)
     found, best = made.search(), everything(made)
     if best is None:
@@ -289,7 +291,7 @@ def test_too_little_memory_says_how_much_is_missing() -> None:
 
 @pytest.mark.parametrize(
     ("given_", "said"),
-    [({"objective": "speed"}, "time, cost, memory, but is 'speed'"), ({"memory": 0}, "above 0 bytes"),
+    [({"objective": "speed"}, "time, cost, memory for a plan to train, but is 'speed'"), ({"memory": 0}, "above 0 bytes"),
      ({"fixed": {"rows": 2}}, "axis 'rows' cannot be fixed at 2")],
 )  # fmt: skip
 def test_bad_options_are_one_clear_message(given_: dict[str, object], said: str) -> None:

@@ -18,6 +18,9 @@ from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
 from shardwise.plan.plan import Plan
 
+_FRAMES = 1.7
+"""How many times as much as its operators need a module keeps, at most: 1.02 to 1.70 times, measured on ten models."""
+
 
 class Forward(Case):
     """A plan as it predicts but for where its stages begin; arguments as for `Case`.
@@ -27,6 +30,15 @@ class Forward(Case):
     """
 
     ways = 1
+
+    def memory(self, s: Held, flight: float, half: float = 0.0) -> dict[str, Array]:
+        """As of a `Case`; a module that runs as it is has more, for its functions' variables live until they return."""
+        found = super().memory(s, flight, half)
+        if self._as_it_is:
+            more = found["activations"] * (_FRAMES - 1)
+            found["activations"] = found["activations"] + more
+            found["reserve"] = found["reserve"] + self.reserve * more
+        return found
 
     def __init__(
         self,
@@ -42,6 +54,8 @@ class Forward(Case):
         profile = replace(profile, state=0, gradient=0, beside=0, accumulate=0.0)
         super().__init__(plan, profile, tables, held, places, copies, besides)
         self.data = self.shards = 1
+        # A replica of one rank runs the module.
+        self._as_it_is = plan.replica().ranks == 1 and plan.micro_batches == 1
 
     def reduction(self, rank: int, s: Held, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
         """No gradients are summed."""

@@ -86,13 +86,13 @@ class Pricer:
         samples = math.ceil(batch / plan.micro_batches) * (math.prod(spread) if self.graph.predicts else 1)
         # With its cluster, so that no other gets the id.
         mesh = tuple((a.name, a.size, a.dims == ("batch",)) for a in plan.axes)
-        shards = besides.shards
+        shards, parts = besides.shards, plan.micro_batches if self.graph.predicts else 1
         where = self._once(("places", id(cluster), mesh, shards), lambda: (places(plan, cluster, shards), cluster))[0]
 
         def loaded(place: Place) -> tuple[Table, Table, Place]:
             """The tables of a place's slowest and of its fullest ranks, and the place with what these have."""
             each = [
-                (self.table(inner, load.samples * math.prod(data), load.device, plan.recompute, besides), load)
+                (self.table(inner, load.samples * math.prod(data), load.device, plan.recompute, besides, parts), load)
                 for load in loads(plan, cluster, place, samples)
             ]
             if len(each) == 1:
@@ -177,8 +177,9 @@ class Pricer:
         device: Device,
         recompute: Sequence[str],
         besides: Besides = NOTHING,
+        parts: int = 1,
     ) -> Table:
-        """What operators take under these axes for a micro-batch on a device."""
+        """What operators take under these axes for a micro-batch on a device; `parts` as for `Rows`."""
         p, split = self.profile, tuple(axes)
 
         def rows() -> Rows:
@@ -189,18 +190,18 @@ class Pricer:
             predicts = self.graph.predicts
             gradients = self._gradients if p.stepwise and not predicts else None
             tensors = self._tensors if predicts else None
-            return Rows(self.folded, self.work(split), samples, kernels, gradients, tensors)
+            return Rows(self.folded, self.work(split), samples, kernels, gradients, tensors, parts)
 
         def make() -> Table:
             return Table(
-                self._once(("rows", split, samples, device.rates, besides.fp8), rows),
+                self._once(("rows", split, samples, device.rates, besides.fp8, parts), rows),
                 self._once(("weights", split), lambda: Weights(self.folded, self.work(split), p.weight)),
                 self._once(("again", tuple(recompute)), lambda: Again(self.folded, recompute)),
                 selective=besides.selective,
                 stops=p.stops,
             )
 
-        return self._once(("table", split, samples, device.rates, tuple(recompute), besides), make)
+        return self._once(("table", split, samples, device.rates, tuple(recompute), besides, parts), make)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
         """What was made for this key, or is made now."""

@@ -114,6 +114,7 @@ class Rows:
         kernels: seconds of an operator.
         gradients: lives of gradients, as of tensors in `folded`, where memory is followed through backward.
         tensors: lives of tensors where there is no backward, and memory is followed through forward.
+        parts: of how many micro-batches the outputs are then joined.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Rows:
         kernels: Kernels,
         gradients: npt.NDArray[np.int_] | None = None,
         tensors: npt.NDArray[np.int_] | None = None,
+        parts: int = 1,
     ) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
@@ -138,6 +140,9 @@ class Rows:
         if tensors is not None:
             self.kept = self.halved = np.zeros_like(self.kept)
             self.largest = self._there(tensors)[:-1]
+            outputs = sum(work.local_bytes(v, samples) for v in work.graph.results.values())
+            if parts > 1:  # their outputs wait, and are there twice while they are joined
+                self.largest[-1] = max(self.largest[-1] + (parts - 1) * outputs, 2 * parts * outputs)
 
     # Most splits of a large model need too much memory, and their times are never asked for.
 

@@ -18,6 +18,7 @@ from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive
 from shardwise.errors import JobError, PlanError, ProofError, ShardwiseError, UserError
 from shardwise.graph.garbage import uncollected
 from shardwise.report.environment import installed
+from shardwise.serving.command import add_options as add_serve_options
 
 if TYPE_CHECKING:
     from shardwise.job import Job
@@ -117,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "have one chosen for throughput, latency or memory"
     split.add_argument("--objective", choices=("throughput", "latency", "memory"), help=text)
     predict.add_argument("--batch", type=positive, metavar="N", help="samples at a time, instead of the job's own")
+
+    serve = command("serve", _serve, "answer requests for a job's outputs over HTTP")
+    _ranks_option(serve)
+    add_serve_options(serve)
 
     plan = command("plan", _plan, "choose how to split a job, and say why")
     _ranks_option(plan)
@@ -220,6 +225,13 @@ def _predict(arguments: argparse.Namespace) -> Answer:
     found = predict_file(job, data, arguments.output, run=run, plan=plan, ranks=arguments.ranks, spec=arguments.spec)
     print(found.text())
     return found.to_dict(), 0
+
+
+def _serve(arguments: argparse.Namespace) -> Answer:
+    from shardwise.serving.command import serve
+
+    job = _job(arguments)
+    return serve(arguments, job, _read_plan(arguments.plan) if arguments.plan is not None else None), 0
 
 
 @uncollected()

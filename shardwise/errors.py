@@ -46,6 +46,14 @@ class FileError(UserError):
     """A file of inputs or outputs that cannot be read or written, or does not fit the job."""
 
 
+class FieldError(FileError):
+    """A sample from elsewhere that does not fit the job's own: which field, what is expected, what is given."""
+
+    def __init__(self, message: str, *, field: str = "", expected: object = None, given: object = None) -> None:
+        super().__init__(message)
+        self.field, self.expected, self.given = field, expected, given
+
+
 class WeightsError(UserError):
     """Weights that cannot be read or written, or that are not those of the model."""
 
@@ -58,6 +66,10 @@ class CaptureError(ShardwiseError):
 
 class RunError(ShardwiseError):
     """A run that failed: a rank died, the loss became NaN, a collective timed out."""
+
+
+class LostRankError(RunError):
+    """A rank whose process ended though nobody told it to."""
 
 
 class ProofError(ShardwiseError):

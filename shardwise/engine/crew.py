@@ -57,6 +57,7 @@ class Crew:
         threads: int,
         log_dir: Path | None,
         collective_timeout: float,
+        first: int,
         *,
         environment: Environment,
     ) -> None:
@@ -75,6 +76,7 @@ class Crew:
                         backend=backend,
                         threads=threads,
                         collective_timeout=collective_timeout,
+                        first=first,
                         port=listener.getsockname()[1],
                         listener=-1 if number else listener.fileno(),
                         lifeline=self._lifeline[0],

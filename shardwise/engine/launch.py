@@ -67,7 +67,8 @@ def run_ranks(
 class Ranks:
     """Live local ranks that run one function after another, each in a process group of its own.
 
-    Start-up costs a second or two, a function some 20 ms. The arguments are those of `run_ranks`.
+    Start-up costs a second or two, a function some 20 ms. The arguments are those of `run_ranks`, and `first`: the
+    number of rank 0's device, where other ranks have those before it.
 
         with Ranks(2) as ranks:
             losses = ranks.run(train, job)
@@ -81,6 +82,7 @@ class Ranks:
         threads: int | None = None,
         log_dir: Path | None = None,
         collective_timeout: float = COLLECTIVE_TIMEOUT,
+        first: int = 0,
     ) -> None:
         if ranks < 1:
             raise LaunchError(f"ranks must be at least 1, but is {ranks}")
@@ -88,7 +90,7 @@ class Ranks:
         self.backend = backend or Backend.detect(ranks)
         self.threads = threads or self.backend.threads(ranks)
         self._crew = Crew(
-            self.world, self.backend, self.threads, log_dir, collective_timeout, environment=_environment_of
+            self.world, self.backend, self.threads, log_dir, collective_timeout, first, environment=_environment_of
         )
         self._end = weakref.finalize(self, self._crew.end)
         self._lock = threading.Lock()
@@ -210,7 +212,7 @@ def _environment_of(seat: Seat) -> dict[str, str]:
         **_own_environment(),
         "RANK": str(seat.rank),
         "WORLD_SIZE": str(seat.world),
-        "LOCAL_RANK": str(seat.rank),
+        "LOCAL_RANK": str(seat.local_rank),
         "LOCAL_WORLD_SIZE": str(seat.world),
         "OMP_NUM_THREADS": str(seat.threads),
         "MKL_NUM_THREADS": str(seat.threads),

@@ -13,7 +13,7 @@ from typing import Any
 
 from shardwise.engine.crew import Crew, Event
 from shardwise.engine.worker import Failure, Order
-from shardwise.errors import RunError, ShardwiseError
+from shardwise.errors import LostRankError, RunError, ShardwiseError
 
 _GRACE = 2.0  # seconds that the other ranks have to report once one has failed
 _LINGER = 1.0  # seconds after which ranks that are done hang up on those that are not
@@ -140,8 +140,8 @@ class Turn:
             f"{self._others()}; {self._crew.logs.kept()}; its traceback:\n\n{failure.traceback}"
         )
 
-    def _lost(self, trouble: _Trouble) -> RunError:
-        return RunError(
+    def _lost(self, trouble: _Trouble) -> LostRankError:
+        return LostRankError(
             f"{self._who(trouble.rank)} {trouble.death} in {self._name}{self._others()}; "
             f"{self._crew.logs.kept(trouble.rank)}"
         )

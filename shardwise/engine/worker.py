@@ -38,6 +38,8 @@ class Seat:
     threads: int
     collective_timeout: float
     """Seconds."""
+    first: int
+    """The device of rank 0; other ranks of this machine may have those before it."""
     port: int
     """Of the TCPStore on 127.0.0.1."""
     listener: int
@@ -46,6 +48,10 @@ class Seat:
     """A pipe that ends when the parent ends."""
     output: int
     """A pipe to the parent's stdout, on rank 0."""
+
+    @property
+    def local_rank(self) -> int:
+        return self.first + self.rank
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class _Worker:
 
     def _join(self, task: int) -> None:
         seat = self._seat
-        seat.backend.use(seat.rank)
+        seat.backend.use(seat.local_rank)
         limit = timedelta(seconds=seat.collective_timeout)
         if self._store is None:
             self._store = _open_store(seat, limit)

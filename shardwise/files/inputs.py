@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import inspect
 import itertools
 import json
 import mmap
@@ -11,21 +10,17 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from shardwise.errors import FileError, UserError
-from shardwise.job import Job, seeded
-
-ONE = "input"
-"""What the tensor is called of a sample that is one tensor."""
+from shardwise.files.fields import ONE, Fields, as_tensor
+from shardwise.job import Job
 
 
 def open_inputs(path: Path, job: Job) -> Dataset[Any]:
@@ -44,89 +39,18 @@ def open_inputs(path: Path, job: Job) -> Dataset[Any]:
         raise FileError(f"{path} has the unknown type {path.suffix!r}; give a file of {', '.join(READERS)}")
     with _told(path):
         rows = reader(path.resolve())
-    return _Fitted(path, rows, _Wanted.of(job))
-
-
-# --- what the job needs -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Field:
-    """A tensor of the job's samples; None where any will do."""
-
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype | None
-    needed: bool
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """How the job's own samples look."""
-
-    kind: str
-    """ "one" tensor, a "tuple", a "dict", or "any" where the job collates."""
-    fields: dict[str, _Field]
-    others: frozenset[str]
-    """Names that the model takes as well."""
-
-    @classmethod
-    def of(cls, job: Job) -> _Wanted:
-        sample, collated = _own_sample(job), job.collate is not None
-        if isinstance(sample, (tuple, list)):
-            named = {str(i): value for i, value in enumerate(sample)}
-            return cls("tuple", {k: _field(v, k == "0", collated) for k, v in named.items()}, frozenset())
-        if not isinstance(sample, Mapping):
-            return cls("one", {ONE: _field(sample, True, collated)}, frozenset())
-        taken = inspect.signature(job.build("meta").forward).parameters
-        needed = {name for name, p in taken.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        fields = {k: _field(v, k in needed, collated) for k, v in sample.items() if takes_all or k in taken or collated}
-        return cls("dict", fields, frozenset(taken))
-
-    @property
-    def nameless(self) -> str:
-        """The field that an array without a name is: of a dict the one that is needed, where it is one."""
-        needed = [name for name, field in self.fields.items() if field.needed] or list(self.fields)
-        return needed[0] if self.kind == "dict" and len(needed) == 1 else ONE
-
-    def check_names(self, path: Path, names: list[str]) -> None:
-        if self.kind != "dict":
-            return
-        absent = [name for name in self.fields if name not in names]
-        strange = [name for name in names if name not in self.fields and name not in self.others]
-        lacking = [name for name in absent if self.fields[name].needed]
-        if lacking or len(absent) == len(self.fields) or (absent and strange):
-            raise FileError(
-                f"{path} lacks {', '.join(map(repr, lacking or absent))}, which the job's samples have; "
-                f"it has {', '.join(map(repr, names)) or 'nothing'}; the job's samples have "
-                f"{', '.join(map(repr, self.fields))}"
-            )
-
-
-def _own_sample(job: Job) -> Any:
-    with seeded(job.seed, 0, 0):
-        found = next(iter(job.data), None) if isinstance(job.data, IterableDataset) else None
-        if not isinstance(job.data, IterableDataset):
-            found = job.data[0] if job.samples() else None
-    return found
-
-
-def _field(value: Any, needed: bool, collated: bool) -> _Field:
-    if not isinstance(value, (Tensor, np.ndarray, np.generic, int, float, complex)):
-        return _Field(None, None, needed)
-    tensor = torch.as_tensor(value)
-    return _Field(None if collated else tuple(tensor.shape), tensor.dtype, needed)
+    return _Fitted(path, rows, Fields.of(job))
 
 
 class _Fitted(Dataset[Any]):
     """The samples of a file, each checked and turned into the job's dtypes and structure."""
 
-    def __init__(self, path: Path, rows: _Rows, wanted: _Wanted) -> None:
-        self._path, self._rows, self._wanted = path, rows, wanted
+    def __init__(self, path: Path, rows: _Rows, fields: Fields) -> None:
+        self._path, self._rows, self._fields = path, rows, fields
         self._names: list[str] | None = None
         if len(rows):
             self._names = list(self._named(0))
-            wanted.check_names(path, self._names)
+            fields.check_names(self._names, where=f"{path} ")
             self[0]
 
     def __len__(self) -> int:
@@ -135,19 +59,14 @@ class _Fitted(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        wanted, named = self._wanted, self._named(index)
-        if wanted.kind == "dict":
-            return {k: self._fit(k, named[k], f, index) for k, f in wanted.fields.items() if k in named}
-        pairs = zip(wanted.fields.items(), named.items(), strict=False)
-        values = [self._fit(name, value, field, index) for (_, field), (name, value) in pairs]
-        return values[0] if wanted.kind == "one" else tuple(values)
+        return self._fields.sample(self._named(index), where=f"{self._path}, {self._rows.where(index)}: ")
 
     def _named(self, index: int) -> dict[str, Any]:
         with _told(self._path):
             row = self._rows[index]
         if not isinstance(row, dict):
-            row = {self._wanted.nameless: row}
-        if self._wanted.kind == "one" and len(row) != 1:
+            row = {self._fields.nameless: row}
+        if self._fields.kind == "one" and len(row) != 1:
             raise FileError(
                 f"{self._path} has the fields {', '.join(map(repr, row))}, but a sample of the job is one tensor; "
                 "give a file with one of them"
@@ -159,43 +78,6 @@ class _Fitted(Dataset[Any]):
                 "which the first sample has"
             )
         return row
-
-    def _fit(self, name: str, value: Any, field: _Field, index: int) -> Any:
-        where = f"{self._path}, {self._rows.where(index)}: field {name!r}"
-        if not isinstance(value, Tensor):
-            if field.dtype is None and field.shape is None:
-                return value
-            value = _numbers(value, where)
-        if field.shape is not None and tuple(value.shape) != field.shape:
-            raise FileError(
-                f"{where} has the shape {tuple(value.shape)}, but the job's own samples have {field.shape}; give "
-                "samples of that shape" + _ragged(tuple(value.shape), field.shape)
-            )
-        if field.dtype is None or value.dtype == field.dtype:
-            return value
-        if not torch.can_cast(value.dtype, field.dtype):
-            raise FileError(f"{where} holds {value.dtype}, but the job's own samples hold {field.dtype}; convert it")
-        return value.to(field.dtype)
-
-
-def _ragged(given: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    return ", or a job whose collate pads them" if len(given) == len(wanted) else ""
-
-
-def _numbers(value: Any, where: str) -> Tensor:
-    """Numbers and lists of them as a tensor."""
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise FileError(f"{where} has lists of unlike lengths; pad them to one length") from error
-    if array.dtype.kind not in "biuf":
-        kind = "texts" if array.dtype.kind == "U" else "values that are not numbers"
-        raise FileError(f"{where} has {kind}; numbers are needed, or a job whose collate turns samples into them")
-    return _as_tensor(array)
-
-
-def _as_tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -244,7 +126,7 @@ class _Npy(_Rows):
         return len(self._array)
 
     def __getitem__(self, index: int) -> Tensor:
-        return _as_tensor(self._array[index])
+        return as_tensor(self._array[index])
 
 
 class _Npz(_Rows):
@@ -259,7 +141,7 @@ class _Npz(_Rows):
         return len(next(iter(self._arrays.values())))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: _as_tensor(array[index]) for name, array in self._arrays.items()}
+        return {name: as_tensor(array[index]) for name, array in self._arrays.items()}
 
 
 def _check_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

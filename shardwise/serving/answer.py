@@ -1,0 +1,62 @@
+"""Answers: the output of a model as JSON, in the model's own structure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwise.graph.output import Listed, Named, Place
+from shardwise.serving.request import Answer
+
+
+def outline(form: Any) -> Any:
+    """The form of an output in dicts, lists, numbers and strings, with a `Place` for each tensor."""
+    if isinstance(form, Named):
+        return {str(key): outline(part) for key, part in form.parts}
+    if isinstance(form, Listed):
+        return [outline(part) for part in form.parts]
+    if isinstance(form, complex):
+        return [_number(form.real), _number(form.imag)]
+    return _number(form) if isinstance(form, float) else form
+
+
+def by_sample(answer: Answer) -> list[Any]:
+    """The outputs of each sample, as JSON has them.
+
+    Tensors are nested lists. Numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity", as in the
+    JSON of Protocol Buffers; complex ones are pairs.
+    """
+    places = zip(answer.tensors, answer.dims, strict=True)
+    found = [_lists(t.movedim(dim, 0)[answer.start : answer.stop]) for t, dim in places]
+    return [_filled(answer.form, [lists[i] for lists in found]) for i in range(answer.stop - answer.start)]
+
+
+def _filled(form: Any, values: list[Any]) -> Any:
+    if isinstance(form, Place):
+        return values[form.number]
+    if isinstance(form, dict):
+        return {key: _filled(part, values) for key, part in form.items()}
+    if isinstance(form, list):
+        return [_filled(part, values) for part in form]
+    return form
+
+
+def _lists(tensor: Tensor) -> Any:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    lists = tensor.tolist()
+    finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return lists if finite else _told(lists)
+
+
+def _told(value: Any) -> Any:
+    return [_told(part) for part in value] if isinstance(value, list) else _number(value)
+
+
+def _number(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

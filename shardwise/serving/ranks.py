@@ -19,7 +19,7 @@ from shardwise.inference.prediction import Prediction, Replica, build
 from shardwise.job import Batch, slice_batch
 from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import Plan
-from shardwise.serving.answer import outline
+from shardwise.serving.outputs import outline
 
 
 @dataclass(frozen=True)

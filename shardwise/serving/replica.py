@@ -20,6 +20,7 @@ from shardwise.engine.launch import Ranks
 from shardwise.errors import LostRankError, RunError, ShardwiseError
 from shardwise.job import Batch
 from shardwise.machine.backend import Backend
+from shardwise.serving.outputs import columns
 from shardwise.serving.ranks import Computed, Failed, Inbox, Ready, Task, Word, compute_batches
 from shardwise.serving.request import Answer, Refused, Request
 from shardwise.serving.waiting import Waiting
@@ -246,9 +247,10 @@ class _Life:
     def _answer(self, batch: _Batch, word: Computed) -> None:
         self._answered = True
         self._observer.batch(batch.samples, time.monotonic() - batch.since)
+        found = columns(word.tensors, self._dims)
         stops = accumulate(len(request.rows) for request in batch.requests)
         for request, stop in zip(batch.requests, stops, strict=True):
-            request.give(Answer(word.form, word.tensors, self._dims, stop - len(request.rows), stop))
+            request.give(Answer(word.form, found, stop - len(request.rows), stop))
 
     def _raised(self, batch: _Batch, message: str) -> None:
         """The requests of a batch that fails are computed again each by itself; who then fails is told."""

@@ -8,8 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 
 class Refused(Exception):
     """A request that gets no outputs.
@@ -30,15 +28,13 @@ class Answer:
     """The outputs of a request.
 
     Attributes:
-        form: the structure of the model's output; see `answer.outline`.
-        tensors: of the whole batch.
-        dims: of each tensor the one along which the samples lie.
+        form: the structure of the model's output; see `outputs.outline`.
+        columns: of each tensor what it has for each sample of the whole batch, as JSON has it.
         start, stop: which samples of the batch these are.
     """
 
     form: Any
-    tensors: list[Tensor]
-    dims: tuple[int, ...]
+    columns: list[list[Any]]
     start: int
     stop: int
 

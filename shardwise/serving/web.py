@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from shardwise.serving.answer import by_sample
+from shardwise.serving.outputs import by_sample
 from shardwise.serving.request import Refused
 from shardwise.serving.service import Service
 

@@ -1,8 +1,9 @@
-"""Answers: the output of a model as JSON, in the model's own structure."""
+"""Outputs: what a model gives as JSON, in the model's own structure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,15 +24,21 @@ def outline(form: Any) -> Any:
     return _number(form) if isinstance(form, float) else form
 
 
-def by_sample(answer: Answer) -> list[Any]:
-    """The outputs of each sample, as JSON has them.
+def columns(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[list[Any]]:
+    """Of each tensor what it has for each sample, as JSON has it.
 
     Tensors are nested lists. Numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity", as in the
     JSON of Protocol Buffers; complex ones are pairs.
+
+    Args:
+        dims: along which the samples lie.
     """
-    places = zip(answer.tensors, answer.dims, strict=True)
-    found = [_lists(t.movedim(dim, 0)[answer.start : answer.stop]) for t, dim in places]
-    return [_filled(answer.form, [lists[i] for lists in found]) for i in range(answer.stop - answer.start)]
+    return [_lists(tensor.movedim(dim, 0)) for tensor, dim in zip(tensors, dims, strict=True)]
+
+
+def by_sample(answer: Answer) -> list[Any]:
+    """The output of each sample of a request, in the model's own structure."""
+    return [_filled(answer.form, [c[i] for c in answer.columns]) for i in range(answer.start, answer.stop)]
 
 
 def _filled(form: Any, values: list[Any]) -> Any:
@@ -44,12 +51,12 @@ def _filled(form: Any, values: list[Any]) -> Any:
     return form
 
 
-def _lists(tensor: Tensor) -> Any:
+def _lists(tensor: Tensor) -> list[Any]:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    lists = tensor.tolist()
+    lists: list[Any] = tensor.tolist()
     finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-    return lists if finite else _told(lists)
+    return lists if finite else [_told(part) for part in lists]
 
 
 def _told(value: Any) -> Any:

@@ -203,7 +203,7 @@ def _numbers(name: str, value: Any, field: Field, told: str) -> Tensor:
             expected=expected,
             given=kind,
         )
-    return as_tensor(array)
+    return as_tensor(array.astype("L") if array.dtype.kind == "u" else array)  # torch knows no other name of it
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> Tensor:

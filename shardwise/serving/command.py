@@ -145,20 +145,24 @@ def _bound(host: str, number: int) -> socket.socket:
     """
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-        if not ipaddress.ip_address(place[0]).is_loopback:
-            print(
-                f"shardwise: warning: --host {host} can be reached from other machines, and there is no authentication "
-                "and no encryption: whoever reaches it can use the model",
-                file=sys.stderr,
-            )
         found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(place)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(place)
+        except OSError:
+            found.close()
+            raise
     except OSError as error:
         raise LaunchError(
             f"there is no listening on {host}, port {number}: {error.strerror}; give another --host or --port "
             "(--port 0 takes a free one)"
         ) from error
+    if not ipaddress.ip_address(place[0]).is_loopback:
+        print(
+            f"shardwise: warning: --host {host} can be reached from other machines, and there is no authentication and "
+            "no encryption: whoever reaches it can use the model",
+            file=sys.stderr,
+        )
     return found
 
 

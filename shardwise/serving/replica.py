@@ -122,12 +122,12 @@ class Replica:
             error = life.run(ready)
             if error is None or self._stopping.is_set():
                 return
-            self._observer.ended(self._number, error)
             raised = life.began is not None and not isinstance(error, LostRankError)
             row = 0 if life.proved or raised else row + 1
             if row >= IN_A_ROW or (life.began is None and not down):
                 self._observer.given_up(error)
                 return
+            self._observer.ended(self._number, error)
             down = down if down and life.began is None else time.monotonic()
 
 
@@ -233,7 +233,8 @@ class _Life:
             self._dims = word.dims if word.dims is not None else self._dims
             return len(self._told) == self._task.plan.ranks
         if isinstance(word, Failed) and not word.goes_on:
-            self._failed[word.number] = word.message  # or the echo of another rank's end, which is heard next
+            # Later ones are echoes of the first; and that may be the echo of another rank's end, which is heard next.
+            self._failed.setdefault(word.number, word.message)
             return False
         with self._waiting.changed:
             batch = self._flying.pop(word.number)

@@ -155,8 +155,9 @@ class Service:
         self._tell(f"replica {number} of {len(self.replicas)} ended: {error}")
 
     def given_up(self, error: ShardwiseError) -> None:
-        self.failed = error
-        self._turn_away()
+        self.failed = self.failed or error
+        if not self.ready:
+            self._turn_away()
         self._changed.set()
         self.on_failure()
 

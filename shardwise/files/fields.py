@@ -146,8 +146,8 @@ def _fit(name: str, value: Any, field: Field, where: str) -> Any:
     if not torch.can_cast(value.dtype, field.dtype):
         raise _of_dtype(name, field, f"{told} holds {value.dtype}", _called(value.dtype), "convert it")
     if _exceeds(value, field.dtype):
-        told = f"{told} holds {int(value.min())} to {int(value.max())}"
-        raise _of_dtype(name, field, told, f"{int(value.min())} to {int(value.max())}", "give numbers in its range")
+        given = f"{value.numpy().min()} to {value.numpy().max()}"  # torch has neither of some dtypes
+        raise _of_dtype(name, field, f"{told} holds {given}", given, "give numbers in its range")
     if value.dtype == torch.float64 and field.dtype == torch.float32:
         # As `to` does, but in a thread beside busy ones many times faster: NumPy keeps the interpreter for so little.
         with np.errstate(over="ignore"):

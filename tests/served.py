@@ -93,10 +93,16 @@ class _Once(nn.Linear):
 
 
 class Server:
-    """`shardwise serve` as a process of its own, and a client of it."""
+    """`shardwise serve` as a process of its own, and a client of it.
+
+    Args:
+        name: of a function here, or a SPEC.
+        options: of the command.
+        folder: where it runs.
+    """
 
     def __init__(self, name: str, *options: str, folder: Path | None = None) -> None:
-        spec = f"{Path(__file__).resolve()}:{name}"
+        spec = name if ":" in name else f"{Path(__file__).resolve()}:{name}"
         root = str(Path(__file__).resolve().parent.parent)
         command = [sys.executable, "-m", "shardwise.cli", "serve", spec, "--port", "0", *options]
         self.process = subprocess.Popen(

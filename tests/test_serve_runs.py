@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ PLANS = {
     "pipeline in micro-batches": Plan((pipeline(),), cuts=("linear.1",), micro_batches=3),
     "data and tensor": Plan((data(), tensor("width*"))),
 }
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SHORT = ("data", "tensor", "pipeline")
 
 
@@ -147,3 +149,16 @@ def children(pid: int) -> list[int]:
     for thread in Path(f"/proc/{pid}/task").iterdir():
         found += map(int, (thread / "children").read_text().split())
     return found
+
+
+def test_the_page_shows_what_the_example_answers() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    shown = page.partition("```console\n")[2].partition("```")[0].splitlines()
+    server = Server(f"{EXAMPLES}/letters.py:job", "--ranks", "2")
+    try:
+        for command, answer in zip(shown[::2], shown[1::2], strict=True):
+            path, _, body = command.partition("127.0.0.1:8000")[2].partition(" -d ")
+            found = server.send("POST" if body else "GET", path, shlex.split(body)[0] if body else None)[2]
+            assert found.decode() == answer
+    finally:
+        server.end(signal.SIGTERM)

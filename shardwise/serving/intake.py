@@ -67,7 +67,9 @@ class Intake:
         self.names = (ONE,) if fields.kind == "tuple" and len(chosen) == 1 else chosen
         """Of the fields, as requests have them."""
         self._needed = [
-            name for name, field in zip(self.names, self._fields.fields.values(), strict=True) if whole or field.needed
+            name
+            for name, field in zip(self.names, self._fields.fields.values(), strict=True)
+            if whole or field.needed or len(chosen) == 1
         ]
         self._shapes: list[tuple[int, ...]] | None = None
         example = self.example(1)

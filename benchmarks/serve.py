@@ -67,7 +67,7 @@ def mlp() -> sw.Job:
     return sw.Job(model=model, data=Features(count=1 << 20, shape=(256,), classes=10), global_batch=BATCH)
 
 
-CASES = {"transformer": (transformer, 768), "mlp": (mlp, 4096)}
+CASES = {"transformer": (transformer, 384), "mlp": (mlp, 4096)}
 """Each job, and how many samples of it a turn takes."""
 
 
@@ -118,7 +118,7 @@ def predicted(job: sw.Job, samples: int, ranks: int) -> float:
 def asked(address: str, bodies: list[str], samples: int) -> dict[str, Any]:
     """What the clients measured."""
     host, port = address.split(":")
-    told = {"host": host, "port": int(port), "clients": CLIENTS, "warm": 4 * CLIENTS, "requests": samples}
+    told = {"host": host, "port": int(port), "clients": CLIENTS, "warm": 2 * CLIENTS, "requests": samples}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.serve_load"], input=json.dumps({**told, "bodies": bodies}),
         capture_output=True, text=True, check=True,

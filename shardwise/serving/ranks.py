@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardwise.engine.launch import joined
 from shardwise.engine.sent import Sent
-from shardwise.errors import JobError, PlanError
+from shardwise.errors import JobError, PlanError, ShardwiseError
 from shardwise.inference.prediction import Prediction, Replica, build
 from shardwise.job import Batch, slice_batch
 from shardwise.parallel.mesh import Mesh
@@ -88,7 +88,7 @@ def compute_batches(task: Task) -> Iterator[Word]:
         prediction = build(task.job.loaded(), task.plan, Mesh.build(task.plan.axes), task.example, place.device)
         _check_sizes(prediction, task)
         gives = Replica.of(task.plan, place.rank).giver == place.rank
-        dims = _dims_of_samples(prediction, task.example, gives)
+        dims = _dims_of_samples(prediction, task, gives)
         place.backend.reset_peak_memory()  # gives what was needed to build the model back
         inbox = task.inboxes[place.rank].open()
         yield Ready(place.rank, dims if gives else None)
@@ -130,14 +130,13 @@ def _check_sizes(prediction: Prediction, task: Task) -> None:
         ) from error
 
 
-def _dims_of_samples(prediction: Prediction, example: Batch, gives: bool) -> tuple[int, ...]:
+def _dims_of_samples(prediction: Prediction, task: Task, gives: bool) -> tuple[int, ...]:
     """Along which dim the samples lie, of each tensor of the output: the one that is as long as there are samples.
 
     Raises:
-        JobError: an output has no such dim, so that it does not belong to samples.
+        JobError: an output has no such dim, so that it does not belong to samples; or the model does not run.
     """
-    _, two = prediction.outputs(0, example)
-    _, one = prediction.outputs(1, slice_batch(example, 0, 1))
+    two, one = (_tried(prediction, task, samples) for samples in (2, 1))
     if not gives:
         return ()
     found = []
@@ -151,3 +150,16 @@ def _dims_of_samples(prediction: Prediction, example: Batch, gives: bool) -> tup
             )
         found.append(dims[0])
     return tuple(found)
+
+
+def _tried(prediction: Prediction, task: Task, samples: int) -> list[Tensor]:
+    """The outputs of the first of the example's samples."""
+    try:
+        return prediction.outputs(samples - 1, slice_batch(task.example, 0, samples))[1]
+    except ShardwiseError:
+        raise
+    except Exception as error:
+        raise JobError(
+            f"the model does not run on {samples} of the job's samples: {type(error).__name__}: {_line(error)}; "
+            f"a server's batches are of 1 to {task.most} samples"
+        ) from error

@@ -151,6 +151,26 @@ def test_who_is_busy_is_given_only_a_full_batch() -> None:
     assert time.monotonic() - began > 0.1
 
 
+def test_a_full_batch_goes_to_who_is_idle() -> None:
+    waiting = Waiting(most=2, seconds=60.0, limit=100)
+    found: list[str] = []
+
+    def gather(name: str, busy: int) -> None:
+        if waiting.take(lambda: busy, 1, lambda: False) is not None:
+            found.append(name)
+
+    threads = [threading.Thread(target=gather, args=pair, daemon=True) for pair in (("busy", 1), ("idle", 0))]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    waiting.put(request(2))
+    threads[1].join(10)
+    assert found == ["idle"]
+    waiting.put(request(2))
+    threads[0].join(10)
+    assert found == ["idle", "busy"]
+
+
 def test_who_gathers_ends_when_told() -> None:
     waiting = Waiting(most=2, seconds=60.0, limit=2)
     ended: list[bool] = []

@@ -193,10 +193,11 @@ class _Life:
         """Runs until the ranks end; why they did, where nobody told them to."""
         error: ShardwiseError | None = None
         seating, world = self._seating, self._task.plan.ranks
-        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(world)]
-        inboxes = tuple(Inbox(os.getpid(), reader.fileno()) for reader, _ in pipes)
-        sender = threading.Thread(target=self._send, args=([writer for _, writer in pipes],), daemon=True)
+        pipes: list[tuple[Connection[Any, Any], Connection[Any, Any]]] = []
+        sender = threading.Thread(target=self._send, args=(pipes,), daemon=True)
         try:
+            pipes += (multiprocessing.Pipe(duplex=False) for _ in range(world))
+            inboxes = tuple(Inbox(os.getpid(), reader.fileno()) for reader, _ in pipes)
             with (
                 Ranks(world, backend=seating.backend, threads=seating.threads, first=seating.first) as live,
                 closing(live.stream(compute_batches, replace(self._task, inboxes=inboxes))) as words,
@@ -274,7 +275,8 @@ class _Life:
 
     # --- what they are sent -------------------------------------------------------------------------------------------
 
-    def _send(self, writers: list[Connection[Any, Any]]) -> None:
+    def _send(self, pipes: list[tuple[Connection[Any, Any], Connection[Any, Any]]]) -> None:
+        writers = [writer for _, writer in pipes]
         changed, together = self._waiting.changed, self._task.plan.pipeline
         for number in count(2):  # 0 and 1 were computed to try the model
             requests = self._waiting.take(lambda: len(self._flying), together, lambda: self._stopped or self._over)

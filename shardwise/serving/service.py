@@ -152,7 +152,7 @@ class Service:
     def ended(self, number: int, error: ShardwiseError) -> None:
         if isinstance(error, LostRankError) and not self.ready:
             self._turn_away()
-        self._tell(f"replica {number} of {len(self.replicas)} ended: {error}")
+        self._tell(f"replica {number} of {len(self.replicas)} ended: {_headline(error)}")
 
     def given_up(self, error: ShardwiseError) -> None:
         self.failed = self.failed or error
@@ -164,3 +164,9 @@ class Service:
     def _tell(self, line: str) -> None:
         if self.failed is None:
             print(f"shardwise: {line}", file=self._log, flush=True)
+
+
+def _headline(error: ShardwiseError) -> str:
+    """The first line of a message, which says where the logs are, without the announcement of what follows."""
+    line = str(error).partition("\n")[0]
+    return line.rpartition("; ")[0] if line.endswith(":") and "; " in line else line

@@ -23,6 +23,8 @@ class Waiting:
         self._most, self._seconds, self._limit = most, seconds, limit
         self._requests: deque[Request] = deque()
         self._samples = 0
+        self._idle = 0
+        """Who waits for a batch with nothing else to do."""
         self._closed = False
         self.changed = threading.Condition()
 
@@ -83,7 +85,7 @@ class Waiting:
         """The next batch, when there is one; None when `ended` says so.
 
         A batch is due when it is full or its first request has waited its time. Who is busy with as many batches as
-        run `together` is given one more if it is full, to begin with at once.
+        run `together` is given one more, to begin with at once, if it is full and nobody waits for it idly.
         """
         with self.changed:
             while not ended():
@@ -93,11 +95,13 @@ class Waiting:
                     count, samples = self._head()
                     full = samples >= self._most or count < len(self._requests) or self._requests[0].alone
                     wait = self._requests[0].since + self._seconds - time.monotonic()
-                    if full or (now < together and (wait <= 0 or self._closed)):
+                    due = full or wait <= 0 or self._closed
+                    if due if now < together else full and not self._idle:
                         return self._cut(count, samples)
-                    if now == together:
-                        wait = None
-                self.changed.wait(wait)
+                idle = now < together
+                self._idle += idle
+                self.changed.wait(wait if idle else None)
+                self._idle -= idle
             return None
 
     def _head(self) -> tuple[int, int]:

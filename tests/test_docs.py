@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+import benchmarks.serve
 from benchmarks.arrays import Row, table
 from shardwise.cli import _parser
 from shardwise.cost.profile import PROFILES
@@ -164,6 +165,14 @@ def test_the_figures_of_arrays_are_those_measured() -> None:
     rows = [Row(**row) for row in found["rows"]]
     assert len(rows) >= 30
     assert table(rows) in page
+
+
+def test_the_figures_of_the_server_are_those_measured() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "serve.json").read_text(encoding="utf-8"))
+    rows = [benchmarks.serve.Row(**row) for row in found["rows"]]
+    assert len(rows) >= 2
+    assert benchmarks.serve.table(rows) in page
 
 
 def test_the_profiles_are_those_of_the_page() -> None:

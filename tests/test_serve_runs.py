@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import shardwise as sw
+from shardwise.engine.launch import Ranks
 from shardwise.plan.plan import Plan
 from tests import served
 from tests.conftest import data, pipeline, tensor
@@ -165,3 +166,12 @@ def test_the_page_shows_what_the_example_answers() -> None:
             assert found.decode() == answer
     finally:
         server.end(signal.SIGTERM)
+
+
+def test_ranks_of_a_second_replica_have_devices_of_their_own() -> None:
+    with Ranks(2, threads=1, first=2) as ranks:
+        assert ranks.run(_local_rank) == ["2", "3"]
+
+
+def _local_rank() -> str:
+    return os.environ["LOCAL_RANK"]

@@ -291,8 +291,8 @@ def test_too_little_memory_says_how_much_is_missing() -> None:
 
 @pytest.mark.parametrize(
     ("given_", "said"),
-    [({"objective": "speed"}, "time, cost, memory for a plan to train, but is 'speed'"), ({"memory": 0}, "above 0 bytes"),
-     ({"fixed": {"rows": 2}}, "axis 'rows' cannot be fixed at 2")],
+    [({"objective": "speed"}, "time, cost, memory for a plan to train, but is 'speed'"),
+     ({"memory": 0}, "above 0 bytes"), ({"fixed": {"rows": 2}}, "axis 'rows' cannot be fixed at 2")],
 )  # fmt: skip
 def test_bad_options_are_one_clear_message(given_: dict[str, object], said: str) -> None:
     with pytest.raises(PlanError, match=said):

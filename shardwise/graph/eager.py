@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shardwise.graph import random
 from shardwise.job import lifts
@@ -38,6 +39,43 @@ class Lifted(TorchDispatchMode):
             return x
 
         return func(*[lift(a) for a in args], **{k: lift(v) for k, v in (kwargs or {}).items()})
+
+
+class OneDtype(TorchFunctionMode):
+    """Functions that take tensors of one floating-point dtype only get `dtype` where they are given several.
+
+    So a model whose weights are held in another dtype than it was written for runs, and what it computes in a wider one
+    on purpose stays as it is.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in _ONE_DTYPE:
+            return func(*args, **kwargs)
+        found = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()}
+        if len(found) < 2:
+            return func(*args, **kwargs)
+
+        def alike(x: Any) -> Any:
+            return x.to(self._dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        args, kwargs = tree_map(alike, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_ONE_DTYPE = frozenset(
+    {
+        "linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "inner", "einsum",
+        "addmm", "addmv", "baddbmm", "addbmm", "tensordot", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+        "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention", "multi_head_attention_forward",
+        "layer_norm", "group_norm", "batch_norm", "instance_norm", "rms_norm", "prelu", "grid_sample", "lstm", "gru",
+        "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from shardwise.inference import collect
 from shardwise.inference.chunks import Chunks
 from shardwise.inference.claims import Claims, shared_store, taken
 from shardwise.inference.parcel import Parcel, discard, ends, pack, unpack
+from shardwise.inference.precision import Arithmetic, Precision
 from shardwise.inference.work import Work
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
@@ -38,6 +39,7 @@ def predict(
     plan: Plan | None = None,
     *,
     ranks: int | None = None,
+    precision: Precision | None = None,
     dtype: torch.dtype | None = None,
     spec: str | None = None,
     log_dir: Path | None = None,
@@ -62,6 +64,8 @@ def predict(
         data: the samples; None means the job's own.
         plan: how to split; None makes a replica of each of `ranks`.
         ranks: how many local ranks to start; None means those of the plan, or one for each device or core.
+        precision: how weights are held: "fp32", "bf16", or "int8" for those of matrix products. None leaves the model's
+            own, and runs a job that trains in bf16 as it trains.
         dtype: runs everything in this dtype (float64 for proofs); None leaves the model's own.
         spec: where given, each rank loads the job from this SPEC instead of receiving it from this process.
         log_dir: gets a log per rank; None means a temporary directory that is kept only on failure.
@@ -74,11 +78,12 @@ def predict(
     whole = job if data is None else job.with_(data=data)
     chunks = Chunks(whole)
     if launched() or dist.is_initialized():
-        return _predict_joined(whole, plan, dtype, threads)
+        return _predict_joined(whole, plan, precision, dtype, threads)
     plan = fitting(plan, ranks, job)
+    arithmetic = Arithmetic.of(plan, precision, dtype)
     if chunks.count == 0:
         return _nothing()
-    return _predict_locally(Sent.of(job, spec), data, plan, dtype, threads, log_dir)
+    return _predict_locally(Sent.of(job, spec), data, plan, arithmetic, threads, log_dir)
 
 
 def _nothing() -> Generator[Any, None, None]:
@@ -89,13 +94,13 @@ def _predict_locally(
     job: Sent,
     data: Dataset[Any] | None,
     plan: Plan,
-    dtype: torch.dtype | None,
+    arithmetic: Arithmetic,
     threads: int | None,
     log_dir: Path | None,
 ) -> Generator[Any, None, None]:
     count = pack([torch.zeros(1, dtype=torch.int64)])
     try:
-        task = _Task(job, data, plan, dtype, count)
+        task = _Task(job, data, plan, arithmetic, count)
         with (
             Ranks(plan.ranks, threads=threads, log_dir=log_dir) as live,
             closing(live.stream(_rank, task)) as parts,
@@ -132,7 +137,7 @@ class _Task:
     job: Sent
     data: Dataset[Any] | None
     plan: Plan
-    dtype: torch.dtype | None
+    arithmetic: Arithmetic
     taken: Parcel
 
 
@@ -148,7 +153,7 @@ class _Part:
 def _rank(task: _Task) -> Iterator[_Part]:
     with joined() as place:
         job = task.job.loaded()
-        work = Work.on(job if task.data is None else job.with_(data=task.data), task.plan, task.dtype, place)
+        work = Work.on(job if task.data is None else job.with_(data=task.data), task.plan, task.arithmetic, place)
         if work is None:
             return
         window = _AHEAD * place.world
@@ -165,10 +170,11 @@ def _rank(task: _Task) -> Iterator[_Part]:
 
 
 def _predict_joined(
-    job: Job, plan: Plan | None, dtype: torch.dtype | None, threads: int | None
+    job: Job, plan: Plan | None, precision: Precision | None, dtype: torch.dtype | None, threads: int | None
 ) -> Generator[Any, None, None]:
     with joined(threads=threads) as place:
-        work = Work.on(job, plan or data_plan(place.world, job), dtype, place)
+        plan = plan or data_plan(place.world, job)
+        work = Work.on(job, plan, Arithmetic.of(plan, precision, dtype), place)
         if work is None:
             return
         store = shared_store(f"predict-{collect.agreed_number(place)}")

@@ -19,10 +19,10 @@ from shardwise.engine.forward import Forward
 from shardwise.errors import CaptureError, JobError, PlanError
 from shardwise.graph import random
 from shardwise.graph.capture import caller
-from shardwise.graph.eager import Lifted
 from shardwise.graph.graph import Graph
 from shardwise.graph.output import checked
-from shardwise.job import Batch, Job, batch_size, lift, lifts, map_batch
+from shardwise.inference.precision import Arithmetic, fill
+from shardwise.job import Batch, Job, batch_size, map_batch
 from shardwise.parallel.channels import Channels
 from shardwise.parallel.hybrid import Split, check_fixed_batch, stage_bounds
 from shardwise.parallel.layout import SplitAxis, check_axes
@@ -93,9 +93,7 @@ def _places(axes: Sequence[PlanAxis]) -> list[tuple[int, ...]]:
     return found
 
 
-def build(
-    job: Job, plan: Plan, mesh: Mesh, example: Batch, device: torch.device, dtype: torch.dtype | None = None
-) -> Prediction:
+def build(job: Job, plan: Plan, mesh: Mesh, example: Batch, device: torch.device, arithmetic: Arithmetic) -> Prediction:
     """A job's model on this rank.
 
     A replica of one rank runs the module as it is. One that is split runs the captured graph.
@@ -103,43 +101,41 @@ def build(
     Args:
         mesh: of all axes of the plan.
         example: a few samples.
-        dtype: runs everything in this dtype (float64 for proofs); None leaves the model's own.
+        arithmetic: in which numbers it is held and computed.
 
     Raises:
         PlanError: the plan does not fit the model; or it splits the model, which does not capture.
+        JobError: there is nothing to hold in int8.
     """
     split = any(axis.size > 1 and axis.name not in plan.data for axis in plan.axes)
     if not split and plan.micro_batches == 1 and not plan.cuts:
-        return ModulePrediction(job, plan, device, dtype)
+        return ModulePrediction(job, example, device, arithmetic)
     try:
-        return GraphPrediction(job, plan, mesh, example, device, dtype)
+        return GraphPrediction(job, plan, mesh, example, device, arithmetic)
     except CaptureError as error:
         why = str(error)
     if split:
         raise PlanError(f"{plan.title()} splits the model, but {why}; to predict, split the batch alone")
-    return ModulePrediction(job, plan, device, dtype)
+    return ModulePrediction(job, example, device, arithmetic)
 
 
 class ModulePrediction:
     """The module as it is, on chunks of this rank."""
 
-    def __init__(self, job: Job, plan: Plan, device: torch.device, dtype: torch.dtype | None) -> None:
-        module = job.build()
-        self._module = (module if dtype is None else lift(module, dtype)).to(device).eval()
+    def __init__(self, job: Job, example: Batch, device: torch.device, arithmetic: Arithmetic) -> None:
+        module, weights = job.bare()
+        module = fill(arithmetic, job, arithmetic.prepare(module), weights, arithmetic.take(example), device)
+        self._module = module.eval()
         self._call = caller(self._module)
-        self._seed, self._device, self._dtype = job.seed, device, dtype
-        self._bf16 = plan.precision == "bf16" and dtype is None
+        self._seed, self._device, self._arithmetic = job.seed, device, arithmetic
 
     def outputs(self, chunk: int, batch: Batch) -> tuple[Any, list[Tensor]]:
-        batch = map_batch(lift(batch, self._dtype) if self._dtype else batch, lambda t: t.to(self._device))
+        batch = map_batch(self._arithmetic.take(batch), lambda t: t.to(self._device))
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
             torch.manual_seed(random.stream(self._seed, chunk, _KEY))
-            if self._bf16:
-                stack.enter_context(torch.autocast(self._device.type, torch.bfloat16))
-            if self._dtype is not None:
-                stack.enter_context(Lifted(self._dtype))
+            stack.enter_context(self._arithmetic.running(self._device))
             output = self._call(batch)
         return checked(output)
 
@@ -157,26 +153,26 @@ class GraphPrediction:
     """
 
     def __init__(
-        self, job: Job, plan: Plan, mesh: Mesh, example: Batch, device: torch.device, dtype: torch.dtype | None
+        self, job: Job, plan: Plan, mesh: Mesh, example: Batch, device: torch.device, arithmetic: Arithmetic
     ) -> None:
         module, weights = job.bare()
-        if dtype is not None:
-            module, example = lift(module, dtype), lift(example, dtype)
+        module, example = arithmetic.prepare(module), arithmetic.take(example)
         gives = Replica.of(plan, mesh.rank).giver == mesh.rank
-        graph = Graph.of(job, module, example, purpose="predict")
-        plan, bounds = _for_prediction(job, plan, module, graph, example)
+        with arithmetic.capturing():
+            graph = Graph.of(job, module, example, purpose="predict")
+            plan, bounds = _for_prediction(job, plan, module, graph, example)
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name not in plan.data), mesh.rank, mesh.recorder)
         plan = plan.replica()
         check_fixed_batch(graph, plan)
         split = Split(graph, plan, inner, bounds)
-        dtypes = lifts(dtype) if dtype is not None else {}
-        model = RankModel(split, device, dtypes=dtypes, autocast=plan.precision == "bf16" and dtype is None)
+        int8 = arithmetic.factors(graph, job.title())
+        model = RankModel(split, device, dtypes=arithmetic.dtypes, autocast=arithmetic.autocast, int8=int8)
         model.load(module, frees=True, weights=weights)
         for param in module.parameters():
             let_go(param)
         self._channels = Channels(mesh, split.pipeline, plan.stages, device)
-        self._forwards = {plan.micro_batches: Forward(model, self._channels, dtype)}
-        self._seed, self._form, self._mesh, self._dtype = job.seed, graph.captured.form, mesh, dtype
+        self._forwards = {plan.micro_batches: Forward(model, self._channels, arithmetic.samples)}
+        self._seed, self._form, self._mesh, self._samples = job.seed, graph.captured.form, mesh, arithmetic.samples
         self._gives = gives
 
     def outputs(self, chunk: int, batch: Batch) -> tuple[Any, list[Tensor]]:
@@ -204,7 +200,7 @@ class GraphPrediction:
                 whole, Split(split.graph, split.plan.with_(micro_batches=count), split.mesh, split.bounds)
             )
             model.share(whole)
-            self._forwards[count] = Forward(model, self._channels, self._dtype)
+            self._forwards[count] = Forward(model, self._channels, self._samples)
         return self._forwards[count]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardwise.engine.launch import Place
 from shardwise.engine.train import check_alike
 from shardwise.inference.chunks import Chunks
+from shardwise.inference.precision import Arithmetic
 from shardwise.inference.prediction import Prediction, Replica, build
 from shardwise.job import Batch, Job
 from shardwise.parallel.mesh import Mesh
@@ -36,7 +36,7 @@ class Work:
     example: Batch
 
     @classmethod
-    def on(cls, job: Job, plan: Plan, dtype: torch.dtype | None, place: Place) -> Work | None:
+    def on(cls, job: Job, plan: Plan, arithmetic: Arithmetic, place: Place) -> Work | None:
         """The work of this rank of a process group; None where there is no sample.
 
         Raises:
@@ -47,7 +47,7 @@ class Work:
         if example is None:
             return None
         check_alike(example, place)
-        prediction = build(job, plan, mesh, example, place.device, dtype)
+        prediction = build(job, plan, mesh, example, place.device, arithmetic)
         for samples in sorted(chunks.sizes()):
             prediction.check(samples)
         place.backend.reset_peak_memory()  # gives what was needed to build the model back

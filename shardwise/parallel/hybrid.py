@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +135,10 @@ class Split:
         for a, (axis, cut, sizes) in reversed(self._cuts(value)):
             whole = join(whole, axis, cut.pos, self._param_lead(value, cut, a), sizes)
         return whole
+
+    def cutting(self, value: Value, but: Collection[int]) -> list[Axis]:
+        """The mesh axes that cut a parameter along other positions than these."""
+        return [axis for _, (axis, cut, _) in self._cuts(value) if cut.pos not in but]
 
     def _cuts(self, value: Value) -> list[tuple[int, tuple[Axis, Cut, list[int]]]]:
         found = []

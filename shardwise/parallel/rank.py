@@ -28,10 +28,13 @@ from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket, gather_in
 from shardwise.weights.files import Ranges, count, within
 from shardwise.weights.fill import Weights
+from shardwise.weights.int8 import quantize
 
 
 class RankModel:
     """The programs of this rank's stages, with local parameters and buffers.
+
+    With `int8`, the parameters that it names are held in int8, with a scale for each entry of the dims that it gives.
 
     Attributes:
         params: local parameters by the user's names, in order of use.
@@ -47,8 +50,10 @@ class RankModel:
         *,
         dtypes: dict[torch.dtype, torch.dtype] | None = None,
         autocast: bool = False,
+        int8: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         self.split, self.device, self.autocast = split, device, autocast
+        self._int8 = int8 or {}
         self._dtypes = dtypes or {}
         self._weights: Weights | None = None
         self._ranges: dict[str, list[Ranges]] = {}
@@ -69,7 +74,7 @@ class RankModel:
     @classmethod
     def like(cls, other: RankModel, split: Split) -> RankModel:
         """A model on the same device and in the same precision, for another graph; without parameters as yet."""
-        return cls(split, other.device, dtypes=other._dtypes, autocast=other.autocast)
+        return cls(split, other.device, dtypes=other._dtypes, autocast=other.autocast, int8=other._int8)
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that a tensor of the captured graph has here."""
@@ -119,7 +124,7 @@ class RankModel:
         for name in self.used:
             param = named[name]
             local = self.split.shard(self.split.graph.params[name], param.detach()).to(self.device).clone()
-            self.params[name] = nn.Parameter(local, requires_grad=param.requires_grad)
+            self.params[name] = self._held(name, local, param.requires_grad)
             left[param] -= 1
             if frees and not left[param]:
                 let_go(param)
@@ -137,8 +142,22 @@ class RankModel:
         param = self.params[name]
         if param.is_meta:
             local = self._read(name, self._ranges[name])
-            self.params[name] = nn.Parameter(local, requires_grad=param.requires_grad)
+            self.params[name] = self._held(name, local, param.requires_grad)
         return self.params[name]
+
+    def _held(self, name: str, local: Tensor, learns: bool) -> nn.Parameter:
+        """This rank's part of a parameter as it is held; its memory may be written over."""
+        channels = self._int8.get(name)
+        if channels is None:
+            return nn.Parameter(local, requires_grad=learns)
+        axes = self.split.cutting(self.split.graph.params[name], channels)
+
+        def over_ranks(largest: Tensor) -> Tensor:
+            for axis in axes:
+                all_reduce_(largest, axis, op=dist.ReduceOp.MAX)
+            return largest
+
+        return nn.Parameter(quantize(local, channels, over_ranks), requires_grad=False)
 
     def entries(self, name: str, low: int, high: int) -> Tensor:
         """Entries `low` to `high` of this rank's part of a parameter laid out flat; no more than their rows is read."""

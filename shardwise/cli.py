@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive
+from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive, whole
 from shardwise.errors import JobError, PlanError, ProofError, ShardwiseError, UserError
 from shardwise.graph.garbage import uncollected
 from shardwise.report.environment import installed
@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "have one chosen for throughput, latency or memory"
     split.add_argument("--objective", choices=("throughput", "latency", "memory"), help=text)
     predict.add_argument("--batch", type=positive, metavar="N", help="samples at a time, instead of the job's own")
+    text = "how weights are held: fp32, bf16 or int8 (as the model has them)"
+    predict.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=text)
+    text = "batches that are computed in fp32 too, to say how far another precision is from it (1)"
+    predict.add_argument("--compare", type=whole, default=1, metavar="N", help=text)
 
     serve = command("serve", _serve, "answer requests for a job's outputs over HTTP")
     _ranks_option(serve)
@@ -222,7 +226,8 @@ def _predict(arguments: argparse.Namespace) -> Answer:
 
         plan = why(job.with_(data=data), _ranks(arguments), Options(arguments.objective, purpose="predict"))[0]
         print(f"{plan.text()}\n{plan.explain()}\n", flush=True)
-    found = predict_file(job, data, arguments.output, run=run, plan=plan, ranks=arguments.ranks, spec=arguments.spec)
+    given = {name: getattr(arguments, name) for name in ("ranks", "spec", "precision", "compare")}
+    found = predict_file(job, data, arguments.output, run=run, plan=plan, **given)
     print(found.text())
     return found.to_dict(), 0
 

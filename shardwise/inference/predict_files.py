@@ -15,8 +15,10 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 from shardwise.engine.launch import launched
 from shardwise.engine.progress import SampleProgress
-from shardwise.errors import LaunchError
+from shardwise.errors import LaunchError, RunError
 from shardwise.files.outputs import Outputs
+from shardwise.inference.accuracy import Accuracy, difference, first
+from shardwise.inference.precision import Precision, check_precision
 from shardwise.inference.predict import predict
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
@@ -31,9 +33,11 @@ class Predicted:
         output: the file.
         samples: in it.
         before: how many of them an earlier run had written.
-        seconds: of this run, ranks and files included.
+        seconds: of this run, ranks and files included, less what fp32 took to compare with.
         bytes: of the file.
         ranks: that computed, where a plan or a number was given.
+        precision: that the weights were held in, where one was asked for.
+        accuracy: how far the first outputs of this run are from those in fp32; or why that is not known.
     """
 
     output: str
@@ -42,6 +46,8 @@ class Predicted:
     seconds: float
     bytes: int
     ranks: int | None
+    precision: str | None = None
+    accuracy: Accuracy | str | None = None
 
     @property
     def rate(self) -> float:
@@ -52,7 +58,10 @@ class Predicted:
         """One line of it."""
         gone_on = f" ({self.before:,} of them by an earlier run)" if self.before else ""
         rate = f"{self.rate:,.{0 if self.rate >= 100 else 1}f} samples/s"
-        return f"{self.samples:,} samples{gone_on} in {self.seconds:.1f} s, {rate}: {self.output}, {self.bytes:,} bytes"
+        told = f"{self.samples:,} samples{gone_on} in {self.seconds:.1f} s, {rate}: {self.output}, {self.bytes:,} bytes"
+        if self.accuracy is None:
+            return told
+        return f"{told}\n{self.accuracy.text() if isinstance(self.accuracy, Accuracy) else self.accuracy}"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as numbers and strings."""
@@ -68,6 +77,8 @@ def predict_file(
     plan: Plan | None = None,
     ranks: int | None = None,
     spec: str | None = None,
+    precision: Precision | None = None,
+    compare: int = 1,
     progress: bool = True,
 ) -> Predicted:
     """Writes the outputs of all samples to a file, whose ending says of which type.
@@ -75,6 +86,8 @@ def predict_file(
     Args:
         run: what makes this run another than others, beside the job's settings; an unfinished run is gone on with only
             where it is the same.
+        precision: as in `predict`; where it is another than fp32, the summary has the difference from it.
+        compare: chunks that are computed in fp32 too, for that difference; 0 leaves it out.
         progress: whether to print a line of it.
 
     The other arguments are those of `predict`.
@@ -89,20 +102,36 @@ def predict_file(
     settings: dict[str, Any] = {key: getattr(job, key) for key in ("precision", "seed")}
     if job.weights is not None:
         settings["weights"] = [identity_of(file) for file in find_files(Path(job.weights))[0]]
+    if precision is not None:
+        check_precision(precision)
+        settings["held"] = precision
     began = time.perf_counter()
     with Outputs(output, run={"job": job.title(), **settings, **run}) as outputs:
         before = outputs.done
-        line = SampleProgress(_length(data), before, enabled=progress)
         rest = _rest(data, before)
         given = None if rest is job.data else rest  # which the ranks read by themselves
-        with closing(predict(job, given, plan, ranks=ranks, spec=spec)) as found:
+        true: list[Any] = []
+        compared: list[Any] = []
+        why = None
+        if precision not in (None, "fp32") and compare:
+            try:
+                part = first(rest, compare * job.global_batch)
+                true = list(predict(job, part, plan, precision="fp32", ranks=ranks, spec=spec))
+            except RunError as error:  # the memory may not do for it
+                why = f"not compared with fp32, in which it does not run: {error}"
+            began = time.perf_counter()
+        line = SampleProgress(_length(data), before, enabled=progress)
+        with closing(predict(job, given, plan, precision=precision, ranks=ranks, spec=spec)) as found:
             for output_of_chunk in found:
+                if len(compared) < len(true):
+                    compared.append(output_of_chunk)
                 line(outputs.add(output_of_chunk))
         line.end()
         samples = outputs.finish()
     seconds = time.perf_counter() - began
     ranks = plan.ranks if plan is not None else ranks
-    return Predicted(str(output), samples, before, seconds, output.stat().st_size, ranks)
+    far = difference(compared, true, str(precision), "fp32") if compared else why
+    return Predicted(str(output), samples, before, seconds, output.stat().st_size, ranks, precision, far)
 
 
 def _length(data: Dataset[Any]) -> int | None:

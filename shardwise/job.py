@@ -86,10 +86,8 @@ class Job:
         if not isinstance(self.global_batch, int) or self.global_batch < 1:
             raise JobError(f"global_batch must be a whole number of at least 1, but is {self.global_batch!r}")
         if self.precision not in PRECISIONS:
-            hint = "; to predict with such weights, give it to predict" if self.precision == "int8" else ""
-            raise JobError(
-                f"precision must be one of {', '.join(PRECISIONS)} to train, but is {self.precision!r}{hint}"
-            )
+            hint = "; to predict with weights in int8, give it to predict" if f"{self.precision}" == "int8" else ""
+            raise JobError(f"precision must be one of {', '.join(PRECISIONS)}, but is {self.precision!r}{hint}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise JobError(f"clip_norm must be positive or None, but is {self.clip_norm!r}")
         if self.weights is not None and not isinstance(self.weights, (str, Path)):

@@ -13,7 +13,7 @@ CODE   := $(wildcard shardwise tests benchmarks examples docs)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint types imports quick tests prove bench bench-runtime bench-search bench-map bench-serve bench-regret bench-published docs clean
+.PHONY: help demo test check lint types imports quick tests prove bench bench-runtime bench-search bench-map bench-predict bench-serve bench-regret bench-published docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-22s %s\n", $$1, $$2 }'
@@ -45,7 +45,7 @@ prove: $(STAMPS)/test $(STAMPS)/weights ## the long proofs, and their table in d
 	$(BIN)/python -m pytest -m prove tests
 	$(BIN)/python -m tests.coverage_table --out docs/coverage.md
 
-bench: bench-runtime bench-search bench-map bench-serve ## all benchmarks that need no data
+bench: bench-runtime bench-search bench-map bench-predict bench-serve ## all benchmarks that need no data
 
 bench-runtime: $(STAMPS)/bench ## speed against torch's own ways, as ratios
 	$(BIN)/python -m benchmarks.runtime
@@ -55,6 +55,9 @@ bench-search: $(STAMPS)/bench ## seconds to plan for large clusters, on one core
 
 bench-map: $(STAMPS)/bench ## a function over arrays with several workers against one
 	$(BIN)/python -m benchmarks.arrays
+
+bench-predict: $(STAMPS)/bench $(STAMPS)/weights ## inference: two ranks against one, and against Accelerate
+	$(BIN)/python -m benchmarks.predict
 
 bench-serve: $(STAMPS)/bench ## requests to a server against predict, with 64 clients
 	$(BIN)/python -m benchmarks.serve

@@ -77,13 +77,13 @@ def plans(job: Job, blocks: int) -> dict[str, Plan]:
     }
 
 
-def load_seconds(job: Job, plan: Plan) -> dict[str, list[float]]:
+def load_seconds(job: Job, plan: Plan, rounds: int = ROUNDS, ways: tuple[str, ...] = WAYS) -> dict[str, list[float]]:
     """On every rank of the plan, for each way the seconds of the slowest rank."""
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    found: dict[str, list[float]] = {way: [] for way in ways}
     with joined() as place:
         split = Split(Graph.of(job), plan, Mesh.build(plan.axes))
-        for _ in range(ROUNDS + 1):
-            for way in WAYS:
+        for _ in range(rounds + 1):
+            for way in ways:
                 model = RankModel(split, place.device)
                 gc.collect()
                 dist.barrier()

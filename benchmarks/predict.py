@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__)
     parser.add_argument("--only", action="append", default=[], choices=list(PARTS), help="a part; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/predict.json"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
     began = time.monotonic()
     print(f"{_machine()}; one thread a rank\n\n{HEAD}", flush=True)

@@ -74,8 +74,7 @@ def _tag(chunk: int, n: int) -> int:
 def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iterator[Any]:
     """The outputs of all chunks in their order, computed here or received."""
     ready: dict[int, list[Tensor]] = {}
-    # Of all chunks, for this rank may compute none.
-    form = work.prediction.form(work.example)
+    form: Any = None
     following = 0
     mine: int | None = claims.claim()
     try:
@@ -91,6 +90,7 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
                 if found is None:
                     mine = None
                     continue
+                form = found[0]
                 if work.gives:
                     ready[mine] = [t.cpu() for t in found[1]]
                 mine = claims.claim()
@@ -100,6 +100,8 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
                 taken(store, 1)
                 tensors = ready.pop(following)
                 following += 1
+                if form is None:  # of all chunks, and this rank has computed none yet
+                    form = work.prediction.form(work.example)
                 yield put_together(form, tensors)
                 del tensors
         if mine is not None:

@@ -134,7 +134,10 @@ class ModulePrediction:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
-            torch.manual_seed(random.stream(self._seed, chunk, _KEY))
+            seed = random.stream(self._seed, chunk, _KEY)
+            torch.default_generator.manual_seed(seed)
+            if self._device.type == "cuda":
+                torch.cuda.manual_seed(seed)
             stack.enter_context(self._arithmetic.running(self._device))
             output = self._call(batch)
         return checked(output)

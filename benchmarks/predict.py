@@ -190,7 +190,7 @@ def against_accelerate(rounds: int) -> Iterator[Row]:
         for case, make in JOBS.items():
             found = ranks.run(_both_ways, make(24), rounds, timeout=300)[0]
             yield Row.of("accelerate", case, list(zip(*found, strict=True)), "s")
-    print(f"{'deepspeed':10} not measured: {_why_not_deepspeed()}")
+    print(f"{'deepspeed':10} not measured: on CPUs it builds an extension when two ranks start (docs/benchmarks.md)")
 
 
 def _both_ways(job: Job, rounds: int) -> tuple[list[float], list[float]]:
@@ -224,12 +224,6 @@ def _by_accelerate(job: Job) -> list[Tensor]:
         outputs = [module(job.batch(range(start, start + size))) for start in mine]
     gathered: list[Tensor] = gather_object(outputs)
     return gathered
-
-
-def _why_not_deepspeed() -> str:
-    if find_spec("deepspeed") is None:
-        return "deepspeed is not part of the bench environment"
-    return "deepspeed is installed, but no comparison with it has been written"
 
 
 # --- load, memory -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from shardwise.cost.pricer import Pricer
 from shardwise.engine.launch import joined
 from shardwise.errors import PlanError
 from shardwise.graph.graph import Graph
+from shardwise.inference.precision import Arithmetic
 from shardwise.inference.prediction import GraphPrediction, ModulePrediction
 from shardwise.machine.cluster import Cluster, Node
 from shardwise.machine.device import device, network
@@ -100,12 +101,12 @@ def test_activations_are_what_is_there_at_the_fullest_moment(name: str, micros: 
     plan = Plan(micro_batches=micros)
     work = Pricer(graph).case(plan, Cluster.load("1xh100-sxm"), job.global_batch)
     with joined():
-        split = GraphPrediction(job, plan, Mesh.build([], rank=0), batch, device, None)
+        split = GraphPrediction(job, plan, Mesh.build([], rank=0), batch, device, Arithmetic())
         most = allocated(lambda: split.outputs(0, batch))
     foretold = float(work.tables[0].whole_held.largest)
     assert foretold == pytest.approx(most, rel=0.12)
     if micros == 1:
-        whole = ModulePrediction(job, plan, device, None)
+        whole = ModulePrediction(job, batch, device, Arithmetic())
         most = allocated(lambda: whole.outputs(0, batch))
         assert 0.95 * most < work.estimate([]).memory["activations"] < 1.8 * most
 

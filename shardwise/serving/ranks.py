@@ -15,6 +15,7 @@ from torch import Tensor
 from shardwise.engine.launch import joined
 from shardwise.engine.sent import Sent
 from shardwise.errors import JobError, PlanError, ShardwiseError
+from shardwise.inference.precision import Arithmetic
 from shardwise.inference.prediction import Prediction, Replica, build
 from shardwise.job import Batch, slice_batch
 from shardwise.parallel.mesh import Mesh
@@ -85,7 +86,8 @@ Word = Ready | Computed | Failed
 def compute_batches(task: Task) -> Iterator[Word]:
     """Runs on every rank, until the pipe ends."""
     with joined() as place:
-        prediction = build(task.job.loaded(), task.plan, Mesh.build(task.plan.axes), task.example, place.device)
+        plan, arithmetic = task.plan, Arithmetic.of(task.plan, None, None)
+        prediction = build(task.job.loaded(), plan, Mesh.build(plan.axes), task.example, place.device, arithmetic)
         _check_sizes(prediction, task)
         gives = Replica.of(task.plan, place.rank).giver == place.rank
         dims = _dims_of_samples(prediction, task, gives)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shardwise.errors import RunError, ShardwiseError, UserError
     from shardwise.graph.graph import Graph
     from shardwise.graph.rules import rule
+    from shardwise.inference.generate import generate
     from shardwise.inference.predict import predict
     from shardwise.job import Job, load_spec
     from shardwise.machine.cluster import Cluster
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Cluster": "shardwise.machine.cluster",
-    "Graph": "shardwise.graph.graph",
     "Job": "shardwise.job",
     "Plan": "shardwise.plan.plan",
     "PlanAxis": "shardwise.plan.plan",
@@ -44,6 +44,7 @@ _HOMES = {
     "ShardwiseError": "shardwise.errors",
     "UserError": "shardwise.errors",
     "discover": "shardwise.measure.machine",
+    "generate": "shardwise.inference.generate",
     "load_spec": "shardwise.job",
     "map": "shardwise.arrays.map",
     "parallelize": "shardwise.engine.engine",
@@ -56,7 +57,6 @@ _HOMES = {
 
 __all__ = [
     "Cluster",
-    "Graph",
     "Job",
     "Plan",
     "PlanAxis",
@@ -65,6 +65,7 @@ __all__ = [
     "UserError",
     "capture",
     "discover",
+    "generate",
     "load_spec",
     "map",
     "parallelize",

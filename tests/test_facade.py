@@ -11,7 +11,7 @@ import pytest
 import shardwise
 
 NAMES = {
-    "Cluster", "Graph", "Job", "Plan", "PlanAxis", "RunError", "ShardwiseError", "UserError", "capture", "discover",
+    "Cluster", "Job", "Plan", "PlanAxis", "RunError", "ShardwiseError", "UserError", "capture", "discover", "generate",
     "load_spec", "map", "parallelize", "plan", "predict", "report", "rule", "strategies", "train", "verify",
 }  # fmt: skip
 

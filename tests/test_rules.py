@@ -76,6 +76,13 @@ def positions(x: Tensor) -> Tensor:
     return torch.arange(x.shape[0], device=x.device)
 
 
+def written(x: Tensor, values: Tensor) -> Tensor:
+    """With other values at two places of its second dim."""
+    found = x * 2
+    found[:, torch.arange(2, device=x.device)] = values
+    return found
+
+
 CASES: dict[str, Case] = {
     "add": (lambda x, i, w: x + w + 2, (4, 6), ((6,),)),
     "mul": (lambda x, i, w: x * w * 2, (4, 6), ((4, 1),)),
@@ -191,6 +198,8 @@ CASES: dict[str, Case] = {
     "scatter": (lambda x, i: x.scatter(-1, i.unsqueeze(-1), 0.5), (4, 6), ()),
     "scatter_add": (lambda x, i: x.scatter_add(1, i.unsqueeze(-1).expand(-1, -1, 6), x * 2), (4, 6), ()),
     "index_add": (lambda x, i: x.index_add(1, i[0, :2], x[:, :2]), (4, 6), ()),
+    "index_put": (lambda x, i: written(x, x[:, :2] * 3), (4, 6), ()),
+    "index_put, values of all samples": (lambda x, i, w: written(x, w), (4, 6), ((1, 6),)),
     "one_hot": (lambda x, i: F.one_hot(i, 4).to(x.dtype) * x[..., :4], (4, 6), ()),
     "arange": (lambda x, i: x * torch.arange(3, 9, device=x.device), (4, 6), ()),
     "arange, batch": (lambda x, i: x * torch.arange(1, x.shape[0] + 1, device=x.device).view(-1, 1, 1), (4, 6), ()),
@@ -275,6 +284,8 @@ def test_every_operator_of_every_model_by_parts_is_the_whole(name: str) -> None:
         ("attention", {"1·batch", "4", "2"}),
         ("bmm", {"1·batch", "4", "6 summed"}),
         ("instance_norm", {"1·batch", "4"}),
+        ("index_put", {"1·batch", "6"}),
+        ("index_put, values of all samples", {"1·batch", "6"}),
         ("mse_loss", {"1·batch summed", "4 summed", "6 summed"}),
     ],
 )

@@ -8,23 +8,25 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from shardwise.errors import CaptureError, JobError
+from shardwise.graph.no_data import on_cpu, without_data
 from shardwise.graph.no_grad import detach_inputs
 from shardwise.graph.normalize import CHANGED, normalize
 from shardwise.graph.output import OutputModule
 from shardwise.graph.rules import RULES, operator_name
+from shardwise.graph.step import FIRST, Step, with_state
 from shardwise.graph.unfold import Event, Stack, deepest, run, unfold, unfolded
 from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
 
@@ -103,7 +105,7 @@ def mean_loss(loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batc
     return found.reshape(()), number
 
 
-Wrapper = LossModule | OutputModule
+Wrapper = LossModule | OutputModule | Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +124,7 @@ class Captured:
             is given that it is a mean over; or the tensors of the model's own output.
         batch_symbols: names of the symbols that stand for the number of samples; empty where the model fixes it.
         form: of the model's own output, where the graph is for prediction; see `output.taken_apart`.
+        state: names of the buffers that a step of generation reads and renews; see `graph.step`.
     """
 
     graph: fx.Graph
@@ -135,6 +138,7 @@ class Captured:
     batch_symbols: frozenset[str]
     fixed_batch: int | None
     form: Any = None
+    state: tuple[str, ...] = ()
 
 
 def capture(
@@ -162,7 +166,7 @@ def capture(
     # Some ways to make a tensor, such as torch.FloatTensor, know no device but the CPU.
     if any(p.is_meta for p in module.parameters()):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        module, device = _on_cpu(module, mode), torch.device("cpu")
+        module, device = on_cpu(module, mode), torch.device("cpu")
 
     def shaped_as(t: Tensor) -> Tensor:
         return t.new_zeros((samples, *t.shape[1:]), device=device) if t.ndim else t.to(device)
@@ -179,6 +183,24 @@ def capture(
         raise
     wrapper.train()
     return replace(captured, tied=_tied(module))
+
+
+def capture_step(step: Step, samples: int, length: int) -> Captured:
+    """Capture one step of generation; no data of its weights or its state is allocated.
+
+    Args:
+        step: the model as a step.
+        samples: the most that go in at once.
+        length: tokens of each sample.
+
+    Raises:
+        CaptureError: as `capture`.
+    """
+    bare, mode = without_data(step)
+    samples = max(samples, 2) if all(each.samples for each in step.state) else samples
+    with mode:
+        tensors = bare.examples(samples, length)
+    return replace(_captured(bare, tensors, samples, mode), tied=_tied(step.module))
 
 
 def _wrapper(module: nn.Module, job: Job, batch: Batch, purpose: Purpose) -> Wrapper:
@@ -209,7 +231,7 @@ def _by_a_few(
         alike = found is not None and found.events == _runs(wrapper, tensors, mode)
     except Exception:  # a model may count on its layers being there
         return None
-    return unfold(short, stack, wrapper.module) if alike else None
+    return unfold(short, stack, wrapper.module, _state_names(wrapper)) if alike else None
 
 
 def _apart(module: M) -> M:
@@ -222,11 +244,15 @@ def _runs(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode | 
     """What the model runs, on tensors without data."""
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        wrapper = _on_cpu(wrapper, mode)
+        wrapper = on_cpu(wrapper, mode)
         with mode:
             tensors = tuple(torch.empty_like(t, device="cpu") for t in tensors)
     with mode:
-        return run(wrapper, wrapper.module, tensors)
+        return run(wrapper, wrapper.module, tensors, _state_names(wrapper))
+
+
+def _state_names(wrapper: Wrapper) -> Sequence[str]:
+    return wrapper.names if isinstance(wrapper, Step) else ()
 
 
 _SMALL = 500_000_000  # parameters of a model that is run once to see whether it runs at all
@@ -256,26 +282,11 @@ def _line(error: Exception) -> str:
     return lines[0][:300] if lines else ""
 
 
-def _on_cpu(module: M, mode: FakeTensorMode) -> M:
-    """A copy of a module on `meta` whose tensors say that they are on the CPU.
-
-    What operators are captured depends on the device (attention's strides do), and a plan that was made without weights
-    has to fit the model that runs.
-    """
-    fakes: dict[int, Any] = {}
-    for part in module.modules():
-        for tensor in [*part._parameters.values(), *part._buffers.values(), *vars(part).values()]:
-            if not isinstance(tensor, Tensor) or id(tensor) in fakes:
-                continue
-            learned = isinstance(tensor, nn.Parameter)
-            if tensor.is_meta or learned:
-                fake = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
-                fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if learned else fake
-    return copy.deepcopy(module, fakes)
-
-
 def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...]) -> ExportedProgram:
-    shapes = (tuple({0: Dim.AUTO} if t.ndim else None for t in tensors),)
+    fixed = wrapper.fixed if isinstance(wrapper, Step) else ()
+    shapes: Any = tuple({0: Dim.AUTO} if t.ndim and i not in fixed else None for i, t in enumerate(tensors))
+    # A step names its first tensors.
+    shapes = (*shapes[:FIRST], shapes[FIRST:]) if isinstance(wrapper, Step) else (shapes,)
     try:
         with warnings.catch_warnings(), without_logs():
             warnings.simplefilter("ignore")
@@ -358,7 +369,7 @@ def _collect(exported: ExportedProgram, wrapper: Wrapper, tensors: tuple[Tensor,
         raise _does_not_capture(wrapper, error) from error
     tied = _tied(wrapper.module)
     params = {placeholder: tied.get(name, name) for placeholder, name in params.items()}
-    return Captured(
+    captured = Captured(
         graph=graph,
         params=params,
         buffers=buffers,
@@ -371,6 +382,7 @@ def _collect(exported: ExportedProgram, wrapper: Wrapper, tensors: tuple[Tensor,
         fixed_batch=None if symbols and not _fixes_batch(graph, inputs) else samples,
         form=wrapper.form if isinstance(wrapper, OutputModule) else None,
     )
+    return with_state(captured, wrapper, samples) if isinstance(wrapper, Step) else captured
 
 
 def _tied(module: nn.Module) -> dict[str, str]:

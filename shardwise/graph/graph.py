@@ -193,24 +193,44 @@ class Graph:
         return frozenset(found)
 
     @cached_property
+    def state(self) -> Mapping[str, tuple[Value, Value]]:
+        """What a step of generation reads and renews, by name: each tensor before and after."""
+        outs: Any = self.captured.graph.output_node().args[0]
+        new = dict(zip(self.captured.updates, outs[len(self.captured.results) :], strict=True))
+        nodes = {self.captured.buffers[n.name]: n for n in self.values if n.name in self.captured.buffers}
+        pairs = {name: (self.value(nodes[name]), self.value(new[name])) for name in self.captured.state}
+        return {name: (old, after) for name, (old, after) in pairs.items() if old is not None and after is not None}
+
+    @cached_property
     def learned(self) -> frozenset[Value]:
-        """Tensors that depend on a parameter; the others are functions of the batch alone."""
-        found: set[Value] = set()
+        """Tensors that depend on a parameter, maybe in an earlier step; the others are functions of the batch alone."""
+        kept: set[Value] = set()
+        while True:
+            found = self._learned(kept)
+            more = {old for old, new in self.state.values() if new in found}
+            if more <= kept:
+                return frozenset(found)
+            kept |= more
+
+    def _learned(self, kept: set[Value]) -> set[Value]:
+        found = set(kept)
         for node, values in self.values.items():
             if node.op == "placeholder":
                 if node.name in self.captured.params:
                     found.update(values)
             elif any(self.value(n) in found for n in node.all_input_nodes if self.value(n) is not None):
                 found.update(values)
-        return frozenset(found)
+        return found
 
     @cached_property
     def steady(self) -> frozenset[Value]:
         """Tensors that are computed from parameters and constants alone, and so are the same for every batch."""
         found: set[Value] = set()
+        kept = (node for node, name in self.captured.buffers.items() if name in self.captured.state)
+        given = {*self.captured.inputs, *kept}
         for node, values in self.values.items():
             sources = [self.value(n) for n in node.all_input_nodes]
-            if node.name not in self.captured.inputs and all(s is not None and s in found for s in sources):
+            if node.name not in given and all(s is not None and s in found for s in sources):
                 found.update(values)
         return frozenset(found)
 
@@ -270,6 +290,9 @@ class Graph:
                 value.dims[0].hint("batch")
             if value.ndim > 1 and not value.sizes[1].one and (not value.dtype.is_floating_point or value.ndim == 3):
                 value.dims[1].hint("sequence")
+        elif self.captured.buffers.get(node.name) in self.captured.state:
+            if value.ndim and value.sizes[0] == BATCH:
+                value.dims[0].hint("batch")
         elif node.name in self.captured.params:
             for dim in value.dims:
                 dim.owners.append(self.captured.params[node.name])

@@ -178,14 +178,19 @@ class _Recorder(TorchDispatchMode):
         self.events.append(Event("output", tuple(self._known.get(id(x), str(tuple(x.shape))) for x in results)))
 
 
-def run(module: nn.Module, model: nn.Module, tensors: Sequence[Tensor]) -> list[Event]:
-    """What a module runs when it is called; `model` is the part of it whose weights go by their names."""
+def run(module: nn.Module, model: nn.Module, tensors: Sequence[Tensor], state: Sequence[str] = ()) -> list[Event]:
+    """What a module runs when it is called; `model` is the part of it whose weights go by their names.
+
+    So does its state, which is the last of the tensors and, made anew, of the results.
+    """
     known: dict[int, Any] = {id(x): f"input {i}" for i, x in enumerate(tensors)}
+    known |= {id(x): Weight(name) for name, x in zip(state, tensors[len(tensors) - len(state) :], strict=True)}
     known |= {id(x): Weight(name) for named in (model.named_parameters(), model.named_buffers()) for name, x in named}
     recorder = _Recorder(known)
     with torch.no_grad(), recorder:
         results = module(*tensors)
-    recorder.note_output([x for x in tree_flatten(results)[0] if isinstance(x, Tensor)])
+    found = [x for x in tree_flatten(results)[0] if isinstance(x, Tensor)]
+    recorder.note_output(found[: len(found) - len(state)])
     return recorder.events
 
 
@@ -293,28 +298,32 @@ def _renumbered(a: str, b: str, times: int) -> str:
 # -- the graph -------------------------------------------------------------------------------------------------------
 
 
-def unfold(short: Captured, stack: Stack, model: nn.Module) -> Captured | None:
+def unfold(short: Captured, stack: Stack, model: nn.Module, state: Sequence[str] = ()) -> Captured | None:
     """Write the layers that were left out into the graph of a short model, in place; None where it cannot be done.
 
     Args:
         short: the short model, captured.
         stack: what was left out of it.
         model: the whole model.
+        state: names of what goes beside its buffers.
     """
     writer = _Writer(short)
     found = unfolded(writer.events, stack)
     if found is None:
         return None
     params, buffers = dict(short.params), dict(short.buffers)
-    for known, named in ((params, model.named_parameters()), (buffers, model.named_buffers())):
-        writer.add_placeholders(known, [name for name, _ in named], stack)
+    # A model's own buffers may be its state.
+    kept = list(dict.fromkeys([*(name for name, _ in model.named_buffers()), *state]))
+    for known, names in ((params, [name for name, _ in model.named_parameters()]), (buffers, kept)):
+        writer.add_placeholders(known, names, stack)
     read = {r for event in found.events for r in event.reads if isinstance(r, Weight)}
     if not read <= writer.placeholders.keys():
         return None
-    updates = writer.write(found, [name for name, _ in model.named_buffers()])
+    updates = writer.write(found, kept)
     order = [node.name for node in short.graph.nodes if node.op == "placeholder"]
     params, buffers = ({name: known[name] for name in order if name in known} for known in (params, buffers))
-    return replace(short, params=params, buffers=buffers, updates=updates)
+    renewed = tuple(name for name in updates if name in state)
+    return replace(short, params=params, buffers=buffers, updates=updates, state=renewed)
 
 
 class _Writer:

@@ -18,7 +18,7 @@ from shardwise.engine.evaluate import corresponding
 from shardwise.engine.forward import Forward
 from shardwise.errors import CaptureError, JobError, PlanError
 from shardwise.graph import random
-from shardwise.graph.capture import caller
+from shardwise.graph.capture import Purpose, caller
 from shardwise.graph.graph import Graph
 from shardwise.graph.output import checked
 from shardwise.inference.precision import Arithmetic, fill
@@ -163,7 +163,7 @@ class GraphPrediction:
         gives = Replica.of(plan, mesh.rank).giver == mesh.rank
         with arithmetic.capturing():
             graph = Graph.of(job, module, example, purpose="predict")
-            plan, bounds = _for_prediction(job, plan, module, graph, example)
+            plan, bounds = for_prediction(job, plan, module, graph, example)
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name not in plan.data), mesh.rank, mesh.recorder)
         plan = plan.replica()
         check_fixed_batch(graph, plan)
@@ -210,13 +210,18 @@ class GraphPrediction:
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
-def _for_prediction(
-    job: Job, plan: Plan, module: nn.Module, graph: Graph, example: Batch
+def for_prediction(
+    job: Job,
+    plan: Plan,
+    module: nn.Module,
+    graph: Graph,
+    example: Batch | None = None,
+    purposes: Sequence[Purpose] = ("train",),
 ) -> tuple[Plan, list[tuple[int, int]] | None]:
     """The plan as the graph of prediction takes it, and its stages where they are not those of the plan by name.
 
-    What is for training alone is left out. A plan for the job's training is carried over: its stages follow those of
-    the training graph, and its dims are those of the same parameters.
+    What is for training alone is left out. A plan for the job's training, or for another of `purposes`, is carried
+    over: its stages follow those of the graph that it is for, and its dims are those of the same parameters.
 
     Raises:
         PlanError: the plan is for another model.
@@ -226,7 +231,7 @@ def _for_prediction(
     if plan.model in ("", graph.fingerprint()) and _names_only(plan, graph):
         return own, None
     try:
-        training = Graph.of(job, module, example)
+        training = _made_for(job, plan, module, example, purposes)
     except (CaptureError, JobError) as error:
         if plan.model:
             raise PlanError(
@@ -245,6 +250,26 @@ def _for_prediction(
     bounds = corresponding(training, graph, stage_bounds(training, plan))
     axes = tuple(_renamed(axis, training, graph) for axis in own.axes)
     return own.with_(axes=axes), bounds
+
+
+def _made_for(job: Job, plan: Plan, module: nn.Module, example: Batch | None, purposes: Sequence[Purpose]) -> Graph:
+    """The graph that a plan was made for; the first of a purpose, where it was made for none of them.
+
+    Raises:
+        CaptureError, JobError: there is none.
+    """
+    found: list[Graph] = []
+    for purpose in purposes:
+        try:
+            graph = Graph.of(job, module, example, purpose=purpose)
+        except (CaptureError, JobError):
+            if purpose == purposes[-1] and not found:
+                raise
+            continue
+        if plan.model in ("", graph.fingerprint()):
+            return graph
+        found.append(graph)
+    return found[0]
 
 
 def _names_only(plan: Plan, graph: Graph) -> bool:

@@ -296,8 +296,8 @@ class Layout:
                 varied.setdefault(operand.value, set()).update(a for a, state in enumerate(needs) if state != WHOLE)
 
     def _place_params(self) -> None:
-        """Store a parameter cut where all its uses need the same cut of it."""
-        for value in self.graph.params.values():
+        """Store a parameter, or what steps renew, cut where all its uses need the same cut of it."""
+        for value in [*self.graph.params.values(), *(old for old, _ in self.graph.state.values())]:
             uses = self.uses.get(value, [])
             states: list[State] = []
             for a in range(len(self.axes)):

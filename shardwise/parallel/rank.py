@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwise.errors import PlanError
 from shardwise.graph.dims import BATCH
 from shardwise.graph.rules import Value
 from shardwise.parallel.collectives import all_reduce_
@@ -24,8 +25,10 @@ from shardwise.parallel.micro import Early, combine
 from shardwise.parallel.pipeline import Crossing, Stage
 from shardwise.parallel.program import Emitter, Program, attribute_name
 from shardwise.parallel.recompute import in_segments
+from shardwise.parallel.reuse import overwrite
 from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket, gather_in
+from shardwise.parallel.state import unlike
 from shardwise.weights.files import Ranges, count, within
 from shardwise.weights.fill import Weights
 from shardwise.weights.int8 import quantize
@@ -60,6 +63,7 @@ class RankModel:
         self.params: dict[str, nn.Parameter] = {}
         self.buffers: dict[str, Tensor] = {}
         self._renewed: dict[str, Tensor] = {}
+        self._renews: dict[int, list[str]] = {}
         self.updated = self._updated()
         self.travels = self._travels()
         self._nodes = {n.name: v[0] for n, v in split.graph.values.items() if n.op == "placeholder"}
@@ -112,8 +116,9 @@ class RankModel:
             self._cut_parts(named, frees)
         used = self.used_buffers
         for name, buffer in module.named_buffers(remove_duplicate=False):
-            if name in used:
+            if name in used and name not in self.split.graph.state:
                 self.buffers[name] = buffer.detach().to(self.device).clone()
+        self.buffers.update((name, torch.empty(0)) for name in self.split.graph.state if name in used)
         if weights is not None and not later:
             for name in self.used:
                 self.fill(name)
@@ -239,10 +244,14 @@ class RankModel:
         outputs = [(v, states[v]) for v in self._gives(stage) if v not in given]
         if stage == split.plan.stages - 1:
             outputs += [(value, self._result_states(value)) for value in graph.results.values()]
-        for value in self.updated.values():
-            if split.stage_of[graph.producer[value]] == stage:
-                outputs.append((value, (WHOLE,) * len(split.axes)))
+        for name, value in self.updated.items():
+            everywhere = name in graph.state and value not in graph.learned
+            if split.stage_of[graph.producer[value]] == stage or everywhere:
+                kept = states[graph.state[name][0]] if name in graph.state else (WHOLE,) * len(split.axes)
+                outputs.append((value, kept))
+                self._renews.setdefault(stage, []).append(name)
         program = self._emitter(given).build(ops, outputs)
+        overwrite(program.module, [attribute_name(name) for name in graph.state])
         if graph.captured.form is not None and stage == split.plan.stages - 1:
             hand_out(program.module)
         return program
@@ -317,7 +326,14 @@ class RankModel:
                 elif value in graph.producer and value not in graph.learned:
                     found += graph.producer[value].inputs
         owners = {n: stage_rank(split.stage_of[graph.producer[v]], axis.size) for n, v in self.updated.items()}
-        return {name: owner for name, owner in owners.items() if readers.get(name, set()) - {owner}}
+        travels = {name: owner for name, owner in owners.items() if readers.get(name, set()) - {owner}}
+        apart = next((name for name in travels if name in graph.state), None)
+        if apart is not None:
+            raise PlanError(
+                f"the pipeline reads {apart} in another stage than it renews it in, so that it would travel back with "
+                "every token; cut between layers"
+            )
+        return travels
 
     def _gives(self, stage: int) -> list[Value]:
         return self.split.crossings(stage) if stage < self.split.plan.stages - 1 else []
@@ -370,7 +386,8 @@ class RankModel:
             result: tuple[Tensor, ...] = program.module(micro.samples, micro.total, micro.first, self.key, *args)
         return result
 
-    def _replace_buffer(self, name: str, tensor: Tensor) -> None:
+    def replace_buffer(self, name: str, tensor: Tensor) -> None:
+        """Give the programs that read a buffer another tensor."""
         self.buffers[name] = tensor
         for program in [*self.programs.values(), *self.preludes]:
             if name in program.buffers:
@@ -379,16 +396,20 @@ class RankModel:
     def run(self, stage: int, m: int, received: dict[str, Tensor]) -> dict[str, Tensor]:
         """A stage's forward pass on one micro-batch; what goes on by name, and at the end the graph's results."""
         program = self.programs[stage]
-        outs = dict(zip(program.outputs, self._call(program, m, received), strict=True))
-        for name, value in self.updated.items():
-            if value.name in outs and name in self.buffers:
+        found = self._call(program, m, received)
+        renews = self._renews.get(stage, ())
+        # What is renewed may go to another stage as well, cut otherwise.
+        outs = dict(zip(program.outputs[: len(found) - len(renews)], found, strict=False))
+        for name, tensor in zip(renews, found[len(found) - len(renews) :], strict=True):
+            if name in self.buffers:
                 # A new tensor: backward may still need the old one.
-                self._renewed[name] = outs[value.name].detach()
-                if value not in self.split.graph.steady:
+                self._renewed[name] = tensor.detach()
+                if self.updated[name] not in self.split.graph.steady:
                     self._renew()
         if stage == self.split.plan.stages - 1:
             return {result: outs[value.name] for result, value in self.split.graph.results.items()}
-        return {v.name: outs[v.name] if v.name in outs else received[v.name] for v in self._gives(stage)}
+        kept = [self.buffers[name] for name in self.split.graph.state if name in self.buffers]
+        return {v.name: unlike(outs[v.name], kept) if v.name in outs else received[v.name] for v in self._gives(stage)}
 
     def renew(self) -> None:
         """Put new buffers in place of old ones, after a step.
@@ -402,11 +423,11 @@ class RankModel:
             tensor = self.buffers[name].clone()
             axis.record("broadcast", tensor.numel() * tensor.element_size())
             dist.broadcast(tensor, src=axis.ranks[owner], group=axis.group)
-            self._replace_buffer(name, tensor)
+            self.replace_buffer(name, tensor)
 
     def _renew(self) -> None:
         for name, tensor in self._renewed.items():
-            self._replace_buffer(name, tensor)
+            self.replace_buffer(name, tensor)
         self._renewed.clear()
 
     def stages(self) -> list[Stage]:

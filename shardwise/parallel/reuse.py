@@ -6,7 +6,7 @@ On a CPU, a fresh tensor's pages are faulted in one by one, which takes longer t
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,25 @@ def reuse(graph: fx.Graph) -> None:
         # What is recomputed must find its inputs as they were.
         if node.target in _OVERWRITING and not node.meta.get("block") and _is_spare(node.args[0]):
             node.target = _OVERWRITING[node.target]
+
+
+_WRITES: Mapping[Any, Any] = {
+    aten.index_copy.default: aten.index_copy_.default,
+    aten.index_put.default: aten.index_put_.default,
+    aten._unsafe_index_put.default: aten.index_put_.default,
+    aten.scatter.src: aten.scatter_.src,
+}
+"""Operators that write some positions of their first tensor, and the same in place."""
+
+
+def overwrite(module: fx.GraphModule, names: Collection[str]) -> None:
+    """Let a program write to what it keeps from one step to the next, where nothing else reads it as it was."""
+    for node in module.graph.nodes:
+        source = node.args[0] if node.target in _WRITES else None
+        if isinstance(source, fx.Node) and source.target in names and len(source.users) == 1:
+            node.target = _WRITES[node.target]
+    if names:
+        module.recompile()
 
 
 def _is_spare(x: Any) -> bool:

@@ -109,10 +109,19 @@ def other_positions(c: OpContext) -> None:
 
 @rules(["index_put", "_unsafe_index_put"])
 def index_put(c: OpContext) -> None:
-    """Positions before the first indexed one pass through; the rest runs whole."""
+    """What is not indexed passes through, and values have it in its place; indexed positions are whole."""
     x, indices, values = c.inputs[0], list(c.arguments["indices"]), c.the("values")
     used = [i for i, t in enumerate(indices) if t is not None]
     rest = [i for i in range(x.ndim) if i not in used]
+    tensors = [t for t in indices if t is not None]
+    if used == list(range(used[0], used[-1] + 1)) and all(t.value.dtype.itemsize > 1 for t in tensors):
+        width = max(t.ndim for t in tensors)
+        for n, i in enumerate(rest):
+            c.tie(x, i, c.out, i)
+            back = len(rest) + width - (n if n < used[0] else n + width)
+            if values.ndim >= back:
+                c.broadcast(values, -back, c.out, i)
+        return
     for i in rest:
         c.tie(x, i, c.out, i)
         back = x.ndim - i

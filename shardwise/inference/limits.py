@@ -1,0 +1,92 @@
+"""Limits: whether positions and tokens fit the tensors that a step reads and writes at their places."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from shardwise.errors import JobError
+from shardwise.graph.capture import Captured
+from shardwise.graph.rewrite import arguments
+from shardwise.graph.rules import operator_name
+
+
+def check_fits(captured: Captured, model: str, longest: int, largest: int) -> None:
+    """Check that what is to be generated fits a model.
+
+    Args:
+        captured: a step of one position.
+        model: what it is called.
+        longest: positions of the longest prompt and its new tokens.
+        largest: the largest token of a prompt.
+
+    Raises:
+        JobError: there are fewer positions, or fewer tokens in its vocabulary.
+    """
+    size = _outgrown(captured, 0, longest - 1)
+    if size is not None:
+        raise JobError(
+            f"the longest prompt and its new tokens are {longest} positions, but {model} has {size}; "
+            "give shorter prompts or fewer tokens"
+        )
+    size = _outgrown(captured, largest, 0)
+    if size is not None:
+        raise JobError(
+            f"token {largest} is in a prompt, but {model} has a vocabulary of {size}; give tokens from 0 to {size - 1}"
+        )
+
+
+def _outgrown(captured: Captured, token: int, position: int) -> int | None:
+    """The least size of a dim that is read or written behind its end, for one token at a position; None of none."""
+    tokens, positions = captured.inputs
+    known: dict[fx.Node, Any] = {}
+    sizes = []
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and node.name in (tokens, positions):
+            known[node] = torch.full((1, 1), token) if node.name == tokens else torch.full((1,), position)
+        elif node.op == "call_function":
+            sizes += [size for size, index in _places(node) if index in known and int(known[index].max()) >= size]
+            if all(n in known for n in node.all_input_nodes):
+                found = _computed(node, known)
+                if isinstance(found, (Tensor, int)):
+                    known[node] = found
+    return min(sizes, default=None)
+
+
+def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+    assert callable(node.target)
+    try:
+        return node.target(*args, **kwargs)
+    except (RuntimeError, IndexError):  # made for another number of samples
+        return None
+
+
+def _places(node: fx.Node) -> list[tuple[int, fx.Node]]:
+    """The dims that an operator reads or writes at computed places: their sizes, and the places."""
+    name = operator_name(node.target)
+    if name not in _INDEXED:
+        return []
+    a = arguments(node)
+    if name == "aten.embedding":
+        return [(_size(a["weight"], 0), a["indices"])]
+    if "indices" in a:
+        x = a["self"]
+        return [(_size(x, i), t) for i, t in enumerate(a["indices"]) if t is not None and not _is_mask(t)]
+    return [(_size(a["self"], a["dim"]), a["index"])]
+
+
+_INDEXED = {
+    "aten.embedding", "aten.index", "aten.index_put", "aten._unsafe_index_put", "aten.index_select", "aten.index_copy",
+}  # fmt: skip
+
+
+def _size(node: fx.Node, dim: int) -> int:
+    size = node.meta["val"].shape[dim]
+    return size if isinstance(size, int) else 1 << 62
+
+
+def _is_mask(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype.itemsize == 1)

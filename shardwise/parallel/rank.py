@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwise.errors import PlanError
 from shardwise.graph.dims import BATCH
 from shardwise.graph.rules import Value
 from shardwise.parallel.collectives import all_reduce_
@@ -26,9 +25,8 @@ from shardwise.parallel.pipeline import Crossing, Stage
 from shardwise.parallel.program import Emitter, Program, attribute_name
 from shardwise.parallel.recompute import in_segments
 from shardwise.parallel.reuse import overwrite
-from shardwise.parallel.schedule import stage_rank
 from shardwise.parallel.sharded import FlatBucket, gather_in
-from shardwise.parallel.state import unlike
+from shardwise.parallel.state import travelling, unlike
 from shardwise.weights.files import Ranges, count, within
 from shardwise.weights.fill import Weights
 from shardwise.weights.int8 import quantize
@@ -65,7 +63,7 @@ class RankModel:
         self._renewed: dict[str, Tensor] = {}
         self._renews: dict[int, list[str]] = {}
         self.updated = self._updated()
-        self.travels = self._travels()
+        self.travels = travelling(split, self.updated)
         self._nodes = {n.name: v[0] for n, v in split.graph.values.items() if n.op == "placeholder"}
         self.preludes = self._early_programs()
         self.programs = {s: self._stage_program(s) for s in split.mine}
@@ -306,34 +304,6 @@ class RankModel:
             if value is not None and node.op != "placeholder":
                 found[name] = value
         return found
-
-    def _travels(self) -> dict[str, int]:
-        split, graph, axis = self.split, self.split.graph, self.split.pipeline
-        if axis is None:
-            return {}
-        names = {
-            v[0]: graph.captured.buffers[n.name] for n, v in graph.values.items() if n.name in graph.captured.buffers
-        }
-        readers: dict[str, set[int]] = {}
-        for op in graph.ops:
-            if not any(v in graph.learned for v in op.outputs):
-                continue
-            # What no parameter is a part of is computed by each stage that needs it.
-            found = list(op.inputs)
-            for value in found:
-                if value in names:
-                    readers.setdefault(names[value], set()).add(stage_rank(split.stage_of[op], axis.size))
-                elif value in graph.producer and value not in graph.learned:
-                    found += graph.producer[value].inputs
-        owners = {n: stage_rank(split.stage_of[graph.producer[v]], axis.size) for n, v in self.updated.items()}
-        travels = {name: owner for name, owner in owners.items() if readers.get(name, set()) - {owner}}
-        apart = next((name for name in travels if name in graph.state), None)
-        if apart is not None:
-            raise PlanError(
-                f"the pipeline reads {apart} in another stage than it renews it in, so that it would travel back with "
-                "every token; cut between layers"
-            )
-        return travels
 
     def _gives(self, stage: int) -> list[Value]:
         return self.split.crossings(stage) if stage < self.split.plan.stages - 1 else []

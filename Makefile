@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
-# Tests are shared by so many processes; several ranks of a test are more.
+# Tests are shared by so many processes; several ranks of a test are more, and none is to wait at the cost of others.
 WORKERS ?= 2
 SHARED := -n $(WORKERS) --dist worksteal
 CODE   := $(wildcard shardwise tests benchmarks examples docs)
@@ -36,10 +36,10 @@ imports: $(STAMPS)/test ## imports go one way
 	$(BIN)/lint-imports
 
 quick: $(STAMPS)/test ## the tests that take seconds
-	$(BIN)/python -m pytest $(SHARED) -q -m "not prove and not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(SHARED) -q -m "not prove and not slow"
 
 tests: $(STAMPS)/test ## all tests but the long proofs
-	$(BIN)/python -m pytest $(SHARED)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(SHARED)
 
 prove: $(STAMPS)/test $(STAMPS)/weights ## the long proofs, and their table in docs/coverage.md
 	$(BIN)/python -m pytest -m prove tests

@@ -22,6 +22,7 @@ from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
+from tests.long import is_long
 from tests.pool import Pool
 
 settings.register_profile(
@@ -36,6 +37,14 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 _GRAPHS: dict[bytes, Graph] = {}
 """Graphs of the jobs that were compared in this process."""
 Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the long proofs, before those are left out that were not asked for."""
+    for item in items:
+        if is_long(item.nodeid):
+            item.add_marker(pytest.mark.prove)
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ SPLITS = st.sampled_from([{}, {"data": 1}, {"data": 1, "tensor": 1}, {"pipeline"
 OPTIONS = st.tuples(st.sampled_from(["time", "time", "memory"]), st.sampled_from([None, 0.9, 0.6]), SPLITS)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(WIDTHS, st.sampled_from([8, 64]), CLUSTERS, OPTIONS)
 def test_the_pick_is_the_best_of_everything(widths: Widths, batch: int, name: str, wanted: Wanted) -> None:
     check_pick(widths, batch, name, wanted)

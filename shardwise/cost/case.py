@@ -6,6 +6,7 @@ its cuts are one reckoning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -64,6 +65,8 @@ class Case:
 
     Attributes:
         ways: how often what crosses a cut is carried: there and back.
+        crowd: by how many times more ranks than processors share what devices' numbers give to each: a rank that waits
+            leaves its part to the others, so that a bubble takes so many times less.
     """
 
     ways = 2
@@ -82,11 +85,15 @@ class Case:
         if profile.outside:
             self.places = [replace(place, memory=place.memory - profile.outside) for place in places]
         self._copies = copies
-        self.data = 1
-        for axis in plan.axes:
-            self.data *= axis.size if axis.dims == ("batch",) else 1
+        self.data = self.sharing(plan)
         self.shards, self.ahead = min(besides.shards or self.data, self.data), besides.ahead
         self.spread, self.zero = besides.spread, plan.zero or besides.zero
+        crowds = {place.device.crowd.value if place.device.crowd else 1.0 for place in places}
+        self.crowd = crowds.pop() if len(crowds) == 1 else 1.0
+
+    def sharing(self, plan: Plan) -> int:
+        """How many ranks have the same weights and other samples."""
+        return math.prod(axis.size for axis in plan.axes if axis.dims == ("batch",))
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -334,7 +341,7 @@ class Case:
         total = self._through(forward, backward, sends, turns)
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
-        bubble = max(total - compute - waits - sum(sent.values()), 0.0) if stages > 1 else 0.0
+        bubble = max(total - compute - waits - sum(sent.values()), 0.0) / self.crowd if stages > 1 else 0.0
         merged, most = (
             [_sum([s for s, r in zip(those, owners, strict=True) if r == rank]) for rank in range(ranks)]
             for those in (own, full)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.case import Case
-from shardwise.cost.place import Place
-from shardwise.cost.profile import NOTHING, Besides, Profile
-from shardwise.cost.table import Held, Table
+from shardwise.cost.table import Held
 from shardwise.cost.traits import is_view
 from shardwise.cost.weights import Array
 from shardwise.graph.fold import Folded
@@ -31,31 +28,18 @@ class Forward(Case):
 
     ways = 1
 
+    def sharing(self, plan: Plan) -> int:
+        """Replicas share no weights."""
+        return 1
+
     def memory(self, s: Held, flight: float, half: float = 0.0) -> dict[str, Array]:
         """As of a `Case`; a module that runs as it is has more, for its functions' variables live until they return."""
         found = super().memory(s, flight, half)
-        if self._as_it_is:
+        if self.plan.replica().ranks == 1 and self.plan.micro_batches == 1:
             more = found["activations"] * (_FRAMES - 1)
             found["activations"] = found["activations"] + more
             found["reserve"] = found["reserve"] + self.reserve * more
         return found
-
-    def __init__(
-        self,
-        plan: Plan,
-        profile: Profile,
-        tables: Sequence[Table],
-        held: Sequence[Table],
-        places: Sequence[Place],
-        copies: int,
-        besides: Besides = NOTHING,
-    ) -> None:
-        # There are no gradients to keep or to add, and no optimizer.
-        profile = replace(profile, state=0, gradient=0, beside=0, accumulate=0.0)
-        super().__init__(plan, profile, tables, held, places, copies, besides)
-        self.data = self.shards = 1
-        # A replica of one rank runs the module.
-        self._as_it_is = plan.replica().ranks == 1 and plan.micro_batches == 1
 
     def reduction(self, rank: int, s: Held, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
         """No gradients are summed."""

@@ -104,8 +104,9 @@ class Pricer:
 
         made = {key: loaded(place) for key, place in {id(place): place for place in where}.items()}
         tables, held, there = zip(*(made[id(place)] for place in where), strict=True)
-        kind = Forward if self.graph.predicts else Case
-        return kind(plan, self.profile, tables, held, there, self.copies, besides)
+        if self.graph.predicts:
+            return Forward(plan, self.profile.predicting(), tables, held, there, self.copies, besides)
+        return Case(plan, self.profile, tables, held, there, self.copies, besides)
 
     @cached_property
     def coupled(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardwise.errors import MachineError
 
@@ -103,6 +103,10 @@ class Profile:
     fragments: float = 0.0
     fixed: float = 0.0
     outside: float = 0.0
+
+    def predicting(self) -> Profile:
+        """The same without training: there are no gradients to keep or to add, and no optimizer."""
+        return replace(self, state=0, gradient=0, beside=0, accumulate=0.0)
 
 
 @dataclass(frozen=True)

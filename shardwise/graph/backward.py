@@ -56,7 +56,8 @@ def weigh_back(outs: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[tuple[
     config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
     torch.autograd._enable_profiler_legacy(config)
     try:
-        grads = torch.autograd.grad(outs, wanted, given, allow_unused=True)
+        # What forward kept is not freed meanwhile: the profiler saw none of it come, and counts what it takes it for.
+        grads = torch.autograd.grad(outs, wanted, given, allow_unused=True, retain_graph=True)
     finally:
         threads = torch.autograd._disable_profiler_legacy()
     fullest = 0

@@ -106,6 +106,8 @@ class Device:
         halved: seconds that an operator with parameters takes besides where its backward comes in two halves; likewise.
         portable: share that fused attention reaches without the instructions that earlier devices lack, where that is
             less.
+        crowd: how many ranks share what the numbers above give to each of them, where more ranks than processors do:
+            while some of them wait, the others have more.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Device:
     step: Quantity | None = None
     halved: Quantity | None = None
     portable: Quantity | None = None
+    crowd: Quantity | None = None
 
     @classmethod
     def read(cls, table: Any, where: str) -> Device:
@@ -136,7 +139,7 @@ class Device:
         """
         table = _table(table, where)
         keys = {"name", "title", "kind", "units", "memory", "bandwidth", "node", "network", "flops", "reached", "link"}
-        _closed(table, keys, where, may={"operators", "step", "halved"})
+        _closed(table, keys, where, may={"operators", "step", "halved", "crowd"})
         kind = str(table["kind"])
         if kind not in KINDS:
             raise MachineError(f"kind of {where} must be one of {', '.join(KINDS)}, but is {kind!r}")
@@ -169,6 +172,7 @@ class Device:
             operators=tuple(Curve.read(row, where) for row in _rows(table, "operators", where)),
             step=of(table, "step", "seconds") if "step" in table else None,
             halved=of(table, "halved", "seconds") if "halved" in table else None,
+            crowd=of(table, "crowd", "a count") if "crowd" in table else None,
             portable=of(reached, "portable", "a share") if "portable" in reached else None,
         )
 

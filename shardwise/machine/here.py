@@ -88,6 +88,7 @@ def _nearest(found: dict[int, Device], ranks: int, backend: Backend) -> Device:
         kind, memory=Quantity(kind.memory.value * count / ranks, kind.memory.source),
         flops={precision: per_second(rate) for precision, rate in kind.flops.items()},
         bandwidth=per_second(kind.bandwidth), operators=tuple(curve.times(slower) for curve in kind.operators),
+        crowd=_crowd(ranks),
     )  # fmt: skip
 
 
@@ -125,6 +126,7 @@ def _device_lines(d: Device) -> list[str]:
         entry("memory", d.memory, "GiB", 2.0**30), entry("bandwidth", d.bandwidth, "GB/s", 1e9), entry("node", d.node),
         f'network = "{d.network}"', *([entry("step", d.step, "us", 1e-6)] if d.step is not None else []),
         *([entry("halved", d.halved, "us", 1e-6)] if d.halved is not None else []),
+        *([entry("crowd", d.crowd)] if d.crowd is not None else []),
         "", f"[{at}.flops]", *(entry(p, rate, "GFLOP/s", 1e9) for p, rate in d.flops.items()),
         "", f"[{at}.reached]", entry("matmul", d.matmul), entry("attention", d.attention), entry("memory", d.reached),
         entry("call", d.call, "us", 1e-6), *_link_lines(d.link, f"{at}.link", entry),
@@ -173,7 +175,12 @@ def _share(core: Device, ranks: int, memory: int) -> Device:
     return replace(
         core, flops={precision: times(rate) for precision, rate in core.flops.items()}, units=times(core.units),
         memory=Quantity(memory / ranks, "the machine's, shared by its ranks"), bandwidth=times(core.bandwidth),
+        crowd=_crowd(ranks),
     )  # fmt: skip
+
+
+def _crowd(ranks: int) -> Quantity | None:
+    return Quantity(ranks / cores(), f"{ranks} ranks on {cores()} cores") if ranks > cores() else None
 
 
 def accelerator(title: str) -> Device:

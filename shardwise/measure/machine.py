@@ -21,7 +21,7 @@ from shardwise.machine.curve import COLLECTIVES, Collective
 from shardwise.machine.device import Device, Link, network
 from shardwise.machine.here import accelerator, processor
 from shardwise.machine.quantity import Quantity
-from shardwise.measure.probes import curves, rates, timed
+from shardwise.measure.probes import curves, median_of_means, rates, timed
 
 SECONDS = 75.0
 """That measuring may take, about, besides the start of ranks."""
@@ -116,7 +116,7 @@ def collectives(group_size: int, backend: Backend, repeated: int = _REPEATED) ->
                     samples.setdefault((kind, size), []).append((time.perf_counter() - start) / ways)
     found = {}
     for kind in COLLECTIVES:
-        seconds = {size: _mean(statistics.median(samples[kind, size]), group, backend) for size in runs}
+        seconds = {size: _mean(median_of_means(samples[kind, size]), group, backend) for size in runs}
         fixed = seconds[_SMALL]
         each = (seconds[_LARGE] - fixed) / _LARGE
         found[kind] = fixed, max(each, 1e-15)
@@ -183,7 +183,7 @@ def _step(ranks: int) -> float:
         start = time.perf_counter()
         engine.step(batch)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[10:])
+    return median_of_means(times[10:])
 
 
 def _halved() -> float:
@@ -234,6 +234,7 @@ def _device(ranks: int, backend: Backend, told: Sequence[dict[str, Any]], most: 
             operators=tuple(curve.times(slower) for curve in most.operators),
             step=None if most.step is None else measured(most.step.value * slower, more),
             halved=None if most.halved is None else measured(most.halved.value * slower, more),
+            crowd=measured(slower, more),
         )  # fmt: skip
 
     def mean(key: str) -> float:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -187,7 +188,10 @@ def _is(name: str, op: str) -> bool:
 
 
 def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> list[list[tuple[float, float]]]:
-    """Seconds of forward and backward of each probe at each number of samples, on this rank: of the passes the middle.
+    """Seconds of forward and backward of each probe at each number of samples, on this rank.
+
+    A step takes the sum of its operators' times, which is near the sum of their means, and above that of their medians:
+    what holds an operator up now and then is part of it. What disturbs a whole pass is not (a median of means).
 
     Args:
         backend: what it runs on.
@@ -206,8 +210,8 @@ def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> lis
                 together()
                 forward, backward = _sampled(probe, batch, made[i], backend, each)
                 kept = samples.setdefault((i, batch), ([], []))
-                kept[0].append(statistics.median(forward))
-                kept[1].append(statistics.median(backward))
+                kept[0].append(statistics.fmean(forward))
+                kept[1].append(statistics.fmean(backward))
     return [
         [
             (statistics.median(samples[i, batch][0]), max(statistics.median(samples[i, batch][1]) - nothing, _LEAST))
@@ -293,6 +297,13 @@ def _growing(values: Sequence[float]) -> tuple[float, ...]:
             total, count = total + before, count + many
         groups.append((total, count))
     return tuple(math.exp(total / count) for total, count in groups for _ in range(count))
+
+
+def median_of_means(values: Sequence[float], parts: int = _PASSES) -> float:
+    """The mean of values, but for what disturbed one part of them (Nemirovsky and Yudin, 1983)."""
+    parts = min(parts, len(values))
+    cuts = [len(values) * k // parts for k in range(parts + 1)]
+    return statistics.median(statistics.fmean(values[low:high]) for low, high in pairwise(cuts))
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def _device(ranks: int, d: Device) -> dict[str, Any]:
         "ranks": ranks, "title": d.title, "kind": d.kind, "memory": d.memory.value, "bandwidth": d.bandwidth.value,
         "flops": {precision: rate.value for precision, rate in d.flops.items()}, "call": d.call.value,
         "step": d.step.value if d.step is not None else None,
-        "halved": d.halved.value if d.halved is not None else None, "source": d.bandwidth.source,
+        "halved": d.halved.value if d.halved is not None else None,
+        "crowd": d.crowd.value if d.crowd is not None else None, "source": d.bandwidth.source,
         "operators": [
             {"op": c.op, "by": c.by, "at": c.at, "forward": c.forward, "backward": c.backward} for c in d.operators
         ],

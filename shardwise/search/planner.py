@@ -247,7 +247,7 @@ class Planner:
         staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
         halved = least_filling(ranks, shape.chunks) * pace if len(kinds) == 1 else 0.0
         filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
-        step = micros * pace + max(filling, 0.0) + rest
+        step = micros * pace + max(filling, 0.0) / case.crowd + rest
         return step * (case.plan.ranks if objective == "cost" else 1)
 
     def _end(self, case: Case) -> tuple[float, float, float, float]:
@@ -283,7 +283,9 @@ class Planner:
             return bound  # where all cuts are tried, stages need not keep to their share of a rank's memory
         if objective == "throughput":
             return cuts.pace() / cuts.case.plan.replicas
-        step = cuts.least() + (self._end(cuts.case)[0] if shape.chunks > 1 else 0.0)
+        rest, pace, _, _ = self._end(cuts.case)
+        busy, crowd = shape.micros * pace, cuts.case.crowd
+        step = (cuts.least() + (crowd - 1) * busy) / crowd + (rest if shape.chunks > 1 else 0.0)
         return max(bound, step * (cuts.case.plan.ranks if objective == "cost" else 1))
 
     def _may_fit(self, shape: Shape) -> bool:

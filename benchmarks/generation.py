@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise.engine.launch import Ranks
+from shardwise.inference.limits import Demand
 from shardwise.inference.steps import build_steps
 from shardwise.job import Job
 from shardwise.machine.backend import Backend
@@ -46,7 +47,7 @@ def seconds(layers: int, plan: Plan) -> list[float]:
     warnings.simplefilter("ignore")
     job = Job(model=lambda: model(layers), data=[], global_batch=1)  # type: ignore[arg-type]
     device = Backend.cpu().device(0)
-    steps = build_steps(job, plan, Mesh.build(plan.axes), PROMPT + TOKENS, PROMPT, 49151, device)
+    steps = build_steps(job, plan, Mesh.build(plan.axes), Demand(PROMPT + TOKENS, PROMPT, 49151), device)
     steps.begin(1)
     tokens = torch.arange(PROMPT).unsqueeze(0)
     found, at = [], 0

@@ -21,16 +21,17 @@ import torch
 
 from benchmarks import netns
 from benchmarks.regret_jobs import JOBS
-from benchmarks.regret_rank import measure
+from benchmarks.regret_rank import measure, watched
 from benchmarks.runtime import _machine
 from shardwise.engine.launch import Ranks
 from shardwise.machine.backend import Backend
 from shardwise.machine.cluster import Cluster, Node
 from shardwise.machine.curve import Collective
-from shardwise.machine.device import Link
+from shardwise.machine.device import Device, Link
 from shardwise.machine.here import here, machine_file, measured_file
 from shardwise.machine.quantity import Quantity
 from shardwise.measure.machine import discover
+from shardwise.measure.probes import PROBES, sizes
 from shardwise.report.planned import title
 from shardwise.search.choose import planner_of
 from shardwise.search.planner import Planner, Priced
@@ -50,7 +51,12 @@ GOALS = {"regret": (0.03, 0.10), "step error": (0.10, None), "memory error": (0.
 
 @dataclass(frozen=True)
 class Row:
-    """One workload on so many ranks over one link. `plans` has every plan measured: its text, its figures."""
+    """One workload on so many ranks over one link.
+
+    Attributes:
+        plans: every plan measured: its text, its figures.
+        drift: how many times as long as when the machine was measured its operators took meanwhile.
+    """
 
     workload: str
     link: str
@@ -61,6 +67,7 @@ class Row:
     best_s: float
     regret: float
     predicted_s: float
+    drift: float
     picked_bytes: float
     predicted_bytes: float
     space: int
@@ -73,19 +80,25 @@ class Row:
         """By what part the predicted step of the pick is off."""
         return self.predicted_s / self.picked_s - 1
 
+    @property
+    def rest(self) -> float:
+        """By what part it is off at the speed that the machine had meanwhile."""
+        return self.predicted_s * self.drift / self.picked_s - 1
+
     def line(self) -> str:
         """The row as the table prints it."""
         memory = self.predicted_bytes / self.picked_bytes - 1
         return (
             f"{self.workload:10} {self.link:8} {self.ranks:2d}  {self.picked_s * 1e3:8.1f} {self.best_s * 1e3:8.1f} "
-            f"{self.regret:7.1%}  {self.predicted_s * 1e3:8.1f} {self.error:+7.1%}  {memory:+7.1%}  "
-            f"{len(self.plans):3d} of {self.space:3d}  {self.picked}"
+            f"{self.regret:7.1%}  {self.predicted_s * 1e3:8.1f} {self.error:+7.1%} {self.drift:6.2f} "
+            f"{self.rest:+7.1%}  {memory:+7.1%}  {len(self.plans):3d} of {self.space:3d}  {self.picked}"
             + (f"; best {self.best}" if self.best != self.picked else "")
         )
 
 
 HEAD = (
-    f"{'workload':10} {'link':8} {'n':>2}  {'pick ms':>8} {'best ms':>8} {'regret':>7}  {'foretold':>8} {'error':>7}  "
+    f"{'workload':10} {'link':8} {'n':>2}  {'pick ms':>8} {'best ms':>8} {'regret':>7}  {'foretold':>8} {'error':>7} "
+    f"{'drift':>6} {'rest':>7}  "
     f"{'memory':>7}  {'plans':10}  pick"
 )
 
@@ -171,9 +184,10 @@ class Bench:
         fastest = min(entries, key=lambda e: e["measured_s"])
         mine = entries[0]
         regret = mine["measured_s"] / fastest["measured_s"] - 1
+        drifted = drift(here(ranks).nodes[0].device, found["speed"])
         return Row(
             workload, link, ranks, mine["plan"], fastest["plan"], mine["measured_s"], fastest["measured_s"], regret,
-            pick.estimate.step, mine["measured_bytes"], pick.estimate.peak, space, left, entries, self.machine,
+            pick.estimate.step, drifted, mine["measured_bytes"], pick.estimate.peak, space, left, entries, self.machine,
         )  # fmt: skip
 
     def _pool(self, ranks: int) -> Ranks:
@@ -185,6 +199,17 @@ class Bench:
         """End the ranks."""
         for pool in self.pools.values():
             pool.close()
+
+
+def drift(device: Device, speed: Sequence[Sequence[float]]) -> float:
+    """How many times as long as a device says the probes that are watched took: the median."""
+    ratios = []
+    for n, (i, j) in enumerate(watched()):
+        probe, size = PROBES[i], sizes()[i][j]
+        (curve,) = (c for c in device.operators if (c.op, c.by) == (probe.op, probe.by))
+        said = curve.seconds(size) + curve.seconds(size, backward=True)
+        ratios += [times[n] / said for times in speed]
+    return statistics.median(ratios)
 
 
 def slow_cluster(names: tuple[str, str], link: str, ranks: int) -> Cluster:
@@ -208,12 +233,14 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Medians and worst of all rows, against the goals."""
     regrets = [r["regret"] for r in rows]
     errors = [abs(r["predicted_s"] / r["picked_s"] - 1) for r in rows]
+    rests = [abs(r["predicted_s"] * r["drift"] / r["picked_s"] - 1) for r in rows]
     memory = [r["predicted_bytes"] / r["picked_bytes"] - 1 for r in rows]
     every = [abs(p["predicted_s"] / p["measured_s"] - 1) for r in rows for p in r["plans"]]
     return (
         f"{len(rows)} rows: regret median {statistics.median(regrets):.1%} (goal 3 %), "
         f"worst {max(regrets):.1%} (10 %); "
-        f"step error of picks median {statistics.median(errors):.1%} (10 %), of all {len(every)} plans "
+        f"step error of picks median {statistics.median(errors):.1%} (10 %), "
+        f"{statistics.median(rests):.1%} at the machine's speed of the time, of all {len(every)} plans "
         f"{statistics.median(every):.1%}; memory error median {statistics.median(map(abs, memory)):.1%} (5 %), "
         f"lowest {min(memory):+.1%} (-5 %)"
     )

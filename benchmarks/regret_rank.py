@@ -24,7 +24,9 @@ from shardwise.engine.engine import parallelize
 from shardwise.engine.launch import joined
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
+from shardwise.machine.backend import Backend
 from shardwise.measure.machine import collectives
+from shardwise.measure.probes import PROBES, sampled
 from shardwise.plan.plan import Plan
 
 ALL, MORE, TURN = 3, 5, 2
@@ -34,6 +36,9 @@ NEAR, FAR = 1.15, 3.0
 DISTURBED, TICK = 0.1, 0.02
 """Processors that other programs may keep busy in a step that counts; and seconds by which the system counts."""
 MEMORY_STEPS = 2
+WATCHED = ("aten.linear", "aten.conv2d", "aten.scaled_dot_product_attention", "elementwise", "aten.gelu")
+"""Operators whose first probe tells how fast the machine is now; a machine that others share is now so, now so."""
+WATCHED_SECONDS = 0.15
 
 
 def measure(name: str, plans: list[str], weighed: list[str], together: int, seconds: float) -> dict[str, Any]:
@@ -47,18 +52,42 @@ def measure(name: str, plans: list[str], weighed: list[str], together: int, seco
         seconds: after which no more rounds begin.
 
     Returns:
-        `seconds`, for each plan its steps', in order; `bytes`, for each weighed plan those at the peak of every rank.
+        `seconds`, for each plan its steps', in order; `bytes`, for each weighed plan those at the peak of every rank;
+        `speed`, before and after, what `speed` gives.
     """
     warnings.simplefilter("ignore")
     job = JOBS[name]()
     graph = Graph.of(job)
     batches = [job.batch(range(i * job.global_batch, (i + 1) * job.global_batch)) for i in range(2)]
     found: list[list[float]] = []
+    before = speed()
     for start in range(0, len(plans), together):
         part = plans[start : start + together]
         found += _in_turns(job, graph, part, batches, seconds * len(part) / len(plans))
+    after = speed()
     sizes = [_weigh(job, graph, Plan.parse(text), batches) for text in weighed]
-    return {"seconds": found, "bytes": sizes}
+    return {"seconds": found, "bytes": sizes, "speed": [before, after]}
+
+
+def watched() -> list[tuple[int, int]]:
+    """The places of the probes that are watched, and of their sizes: the last but one."""
+    names = [probe.op for probe in PROBES]
+    return [(names.index(op), len(PROBES[names.index(op)].batches) - 2) for op in WATCHED]
+
+
+def speed() -> list[float]:
+    """Seconds, there and back, of each probe that is watched, while all ranks run it; the mean over ranks."""
+    backend, found = Backend.cpu(), []
+    for i, j in watched():
+        if dist.get_world_size() > 1:
+            dist.barrier()
+        for seconds in (0.0, WATCHED_SECONDS):  # the first run asks the system for memory
+            forward, backward = sampled(PROBES[i], PROBES[i].batches[j], PROBES[i].make(), backend, seconds)
+        found.append(statistics.fmean(forward) + statistics.fmean(backward))
+    every = torch.tensor(found, dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(every)
+    return (every / dist.get_world_size()).tolist()
 
 
 def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], seconds: float) -> list[list[float]]:

@@ -15,6 +15,7 @@ from shardwise.errors import JobError, UserError
 from shardwise.graph.capture import Purpose
 from shardwise.graph.eager import Lifted
 from shardwise.inference.generate import generate, groups
+from shardwise.inference.limits import Demand
 from shardwise.inference.sampling import Sampling
 from shardwise.inference.steps import Steps, build_steps
 from shardwise.job import Job, lift
@@ -74,9 +75,8 @@ def steps_of(job: Job, plan: Plan) -> Found:
     warnings.simplefilter("ignore")
     ids = torch.tensor([PROMPTS[0], PROMPTS[5]])
     longest = ids.shape[1] + NEW
-    steps = build_steps(
-        job, plan, Mesh.build(plan.axes), longest, PIECE, VOCAB - 1, Backend.cpu().device(0), torch.float64
-    )
+    demand = Demand(longest, PIECE, VOCAB - 1)
+    steps = build_steps(job, plan, Mesh.build(plan.axes), demand, Backend.cpu().device(0), torch.float64)
     module = lift(job.build(), torch.float64).eval()
     steps.begin(steps.fixed or 2)
     copies = [0, 1, *[1] * ((steps.fixed or 2) - 2)]
@@ -301,7 +301,7 @@ class NoCache(nn.Module):
 def built(job: Job, plan: Plan, longest: int = 16, largest: int = VOCAB - 1) -> Steps:
     """As on the first rank of a plan; nothing can be sent."""
     mesh = Mesh.build(plan.axes, rank=0)
-    return build_steps(job, plan, mesh, longest, 1, largest, torch.device("cpu"))
+    return build_steps(job, plan, mesh, Demand(longest, 1, largest), torch.device("cpu"))
 
 
 @pytest.mark.slow

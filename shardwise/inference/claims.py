@@ -10,15 +10,18 @@ is kept for the caller is bounded, however slow it is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from shardwise.engine.launch import Place
 from shardwise.inference.prediction import Replica
 
 _PAUSE = 0.001  # seconds between looks whether there is room
 FOREVER = timedelta(days=365)  # nothing but the end of a rank, which others notice, keeps a claim from being told
+_T = TypeVar("_T")
 _CLAIMED, _TAKEN, _STOPPED = "claimed", "taken", "stopped"
 
 
@@ -91,6 +94,29 @@ def stop(store: dist.Store) -> int:
     """Let nobody compute what is not claimed yet. Returns how many chunks are."""
     store.set(_STOPPED, "")
     return int(store.add(_CLAIMED, 0))
+
+
+def in_order(numbered: Iterable[tuple[int, _T]]) -> Iterator[_T]:
+    """Things in the order of their numbers from 0 on, as soon as all before them have come."""
+    waiting: dict[int, _T] = {}
+    following = 0
+    for number, thing in numbered:
+        waiting[number] = thing
+        del thing  # nothing that was taken is kept until the next comes
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def leave(store: dist.Store, place: Place) -> None:
+    """Say, on another rank than 0, that nothing more comes from it."""
+    store.set(f"done/{place.rank}", "")
+
+
+def await_others(store: dist.Store, place: Place) -> None:
+    """On rank 0, which may have the store, and leaves last."""
+    if place.world > 1:
+        store.wait([f"done/{rank}" for rank in range(1, place.world)], FOREVER)
 
 
 def shared_store(name: str) -> dist.Store:

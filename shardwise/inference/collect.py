@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardwise.engine.launch import Place
 from shardwise.graph.output import put_together
-from shardwise.inference.claims import FOREVER, Claims, stop, taken
+from shardwise.inference.claims import FOREVER, Claims, await_others, leave, stop, taken
 from shardwise.inference.work import Work
 
 _TENSORS = 1 << 12  # more than an output has
@@ -54,7 +54,7 @@ def send_all(work: Work, claims: Claims, store: dist.Store, place: Place) -> Non
             sent += _send(chunk, found[1], store, place)
     for handle, _ in sent:
         handle.wait()
-    store.set(f"done/{place.rank}", "")
+    leave(store, place)
 
 
 def _send(chunk: int, tensors: list[Tensor], store: dist.Store, place: Place) -> list[tuple[Any, Tensor]]:
@@ -115,15 +115,9 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
             if chunk not in ready and chunk != mine:
                 store.wait([f"note/{chunk}"], FOREVER)
                 _receive(chunk, store, place)
-        _await_others(store, place)
+        await_others(store, place)
         raise
-    _await_others(store, place)
-
-
-def _await_others(store: dist.Store, place: Place) -> None:
-    """Rank 0 may have the store, and leaves last."""
-    if place.world > 1:
-        store.wait([f"done/{rank}" for rank in range(1, place.world)], FOREVER)
+    await_others(store, place)
 
 
 def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor] | None:

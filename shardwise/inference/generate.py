@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,10 @@ from shardwise.engine.launch import Place, Ranks, joined, launched
 from shardwise.engine.sent import Sent
 from shardwise.engine.train import data_plan, fitting
 from shardwise.errors import JobError
-from shardwise.inference.claims import FOREVER, Claims, shared_store, stop
+from shardwise.inference.claims import FOREVER, Claims, await_others, in_order, leave, shared_store, stop
 from shardwise.inference.collect import agreed_number
 from shardwise.inference.completion import Wanted, complete
+from shardwise.inference.limits import Demand
 from shardwise.inference.prediction import Replica
 from shardwise.inference.sampling import Sampling
 from shardwise.inference.steps import Steps, build_steps
@@ -96,7 +97,7 @@ def generate(
     if launched() or dist.is_initialized():
         return _generate_joined(job, task, threads)
     plan = fitting(plan, ranks, job)
-    return _generate_locally(task.with_plan(plan), plan.ranks, threads, log_dir) if given else _nothing()
+    return _generate_locally(replace(task, plan=plan), plan.ranks, threads, log_dir) if given else _nothing()
 
 
 def _checked(prompts: Prompts) -> list[Tensor]:
@@ -144,9 +145,6 @@ class _Task:
     piece: int
     dtype: torch.dtype | None
 
-    def with_plan(self, plan: Plan) -> _Task:
-        return _Task(self.job, self.prompts, plan, self.wanted, self.piece, self.dtype)
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -169,13 +167,8 @@ def _generate_locally(
 
 def _in_order(made: Sequence[tuple[int, ...]], parts: Iterator[tuple[int, list[list[int]]]]) -> Iterator[Tensor]:
     """Each prompt's tokens in the order of the prompts, from groups in any order."""
-    waiting: dict[int, list[int]] = {}
-    following = 0
-    for group, tokens in parts:
-        waiting.update(zip(made[group], tokens, strict=True))
-        while following in waiting:
-            yield torch.tensor(waiting.pop(following), dtype=torch.int64)
-            following += 1
+    each = (pair for group, tokens in parts for pair in zip(made[group], tokens, strict=True))
+    return (torch.tensor(tokens, dtype=torch.int64) for tokens in in_order(each))
 
 
 def _rank(task: _Task) -> Iterator[_Part]:
@@ -202,10 +195,12 @@ class _Work:
     def on(cls, job: Job, task: _Task, plan: Plan, place: Place) -> _Work:
         sizes = [len(prompt) for prompt in task.prompts]
         # The last token is not put in.
-        longest, piece = max(sizes) + task.wanted.tokens - 1, min(task.piece, max(sizes))
-        largest = max(int(prompt.max()) for prompt in task.prompts)
-        mesh = Mesh.build(plan.axes)
-        steps = build_steps(job, plan, mesh, longest, piece, largest, place.device, task.dtype)
+        demand = Demand(
+            longest=max(sizes) + task.wanted.tokens - 1,
+            piece=min(task.piece, max(sizes)),
+            largest=max(int(prompt.max()) for prompt in task.prompts),
+        )
+        steps = build_steps(job, plan, Mesh.build(plan.axes), demand, place.device, task.dtype)
         place.backend.reset_peak_memory()  # gives what was needed to build the model back
         replica = Replica.of(plan, place.rank)
         return cls(replica, groups(sizes, job.global_batch), replica.giver == place.rank, steps, task)
@@ -239,14 +234,14 @@ def _generate_joined(job: Job, task: _Task, threads: int | None) -> Generator[Te
                 except GeneratorExit:
                     stop(store)
                     claims.tell(-1)
-                    _await_others(store, place)
+                    await_others(store, place)
                     raise
-            _await_others(store, place)
+            await_others(store, place)
             return
         for number, tokens in work.completed(claims):
             if work.gives:
                 store.set(f"group/{number}", json.dumps(tokens))
-        store.set(f"done/{place.rank}", "")
+        leave(store, place)
 
 
 def _collected(work: _Work, claims: Claims, store: dist.Store) -> Generator[tuple[int, list[list[int]]], None, None]:
@@ -262,9 +257,3 @@ def _collected(work: _Work, claims: Claims, store: dist.Store) -> Generator[tupl
     for other in sorted(left):
         store.wait([f"group/{other}"], FOREVER)
         yield other, json.loads(store.get(f"group/{other}"))
-
-
-def _await_others(store: dist.Store, place: Place) -> None:
-    """Rank 0 may have the store, and leaves last."""
-    if place.world > 1:
-        store.wait([f"done/{rank}" for rank in range(1, place.world)], FOREVER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,28 +14,43 @@ from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import operator_name
 
 
-def check_fits(captured: Captured, model: str, longest: int, largest: int) -> None:
+@dataclass(frozen=True)
+class Demand:
+    """What prompts ask of a model.
+
+    Attributes:
+        longest: positions of the longest prompt and its new tokens.
+        piece: positions of a prompt that go in at once.
+        largest: the largest token of a prompt.
+    """
+
+    longest: int
+    piece: int
+    largest: int
+
+
+def check_fits(captured: Captured, model: str, demand: Demand) -> None:
     """Check that what is to be generated fits a model.
 
     Args:
         captured: a step of one position.
         model: what it is called.
-        longest: positions of the longest prompt and its new tokens.
-        largest: the largest token of a prompt.
+        demand: of the prompts.
 
     Raises:
         JobError: there are fewer positions, or fewer tokens in its vocabulary.
     """
-    size = _outgrown(captured, 0, longest - 1)
+    size = _outgrown(captured, 0, demand.longest - 1)
     if size is not None:
         raise JobError(
-            f"the longest prompt and its new tokens are {longest} positions, but {model} has {size}; "
+            f"the longest prompt and its new tokens are {demand.longest} positions, but {model} has {size}; "
             "give shorter prompts or fewer tokens"
         )
-    size = _outgrown(captured, largest, 0)
+    size = _outgrown(captured, demand.largest, 0)
     if size is not None:
         raise JobError(
-            f"token {largest} is in a prompt, but {model} has a vocabulary of {size}; give tokens from 0 to {size - 1}"
+            f"token {demand.largest} is in a prompt, but {model} has a vocabulary of {size}; "
+            f"give tokens from 0 to {size - 1}"
         )
 
 

@@ -20,7 +20,7 @@ from shardwise.engine.train import data_plan, fitting
 from shardwise.graph.output import put_together
 from shardwise.inference import collect
 from shardwise.inference.chunks import Chunks
-from shardwise.inference.claims import Claims, shared_store, taken
+from shardwise.inference.claims import Claims, in_order, shared_store, taken
 from shardwise.inference.parcel import Parcel, discard, ends, pack, unpack
 from shardwise.inference.precision import Arithmetic, Precision
 from shardwise.inference.work import Work
@@ -105,26 +105,26 @@ def _predict_locally(
             Ranks(plan.ranks, threads=threads, log_dir=log_dir) as live,
             closing(live.stream(_rank, task)) as parts,
         ):
-            yield from _in_order(parts, *unpack(count))
+            (counter,) = unpack(count)
+            for form, tensors in in_order(_opened(parts)):
+                counter += 1
+                yield put_together(form, tensors)
+                del tensors
     finally:
         discard(count)
 
 
-def _in_order(parts: Iterator[_Part], taken: Tensor) -> Iterator[Any]:
-    """Outputs in the order of their chunks, from parts in any order; `taken` counts those that are taken."""
-    waiting: dict[int, tuple[Any, list[Tensor]]] = {}
+def _opened(parts: Iterator[_Part]) -> Iterator[tuple[int, tuple[Any, list[Tensor]]]]:
+    """The form and the tensors of each chunk that comes, with its number."""
     for part in parts:
         try:
-            waiting[part.chunk] = part.form, unpack(part.parcel)
+            found = part.form, unpack(part.parcel)
         except OSError:
             if not ends(part.parcel, within=_DYING):
                 raise
             continue  # the rank that had it died, which is what `parts` says next
-        while (following := int(taken)) in waiting:
-            form, tensors = waiting.pop(following)
-            taken += 1
-            yield put_together(form, tensors)
-            del tensors
+        yield part.chunk, found
+        del found
 
 
 # --- on a rank --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from shardwise.graph.eager import Lifted
 from shardwise.graph.garbage import uncollected
 from shardwise.graph.graph import Graph
 from shardwise.graph.step import Step, step_of
-from shardwise.inference.limits import check_fits
+from shardwise.inference.limits import Demand, check_fits
 from shardwise.inference.prediction import Replica, for_prediction
 from shardwise.job import Job, lift, lifts
 from shardwise.parallel.channels import Channels
@@ -66,9 +66,7 @@ def build_steps(
     job: Job,
     plan: Plan,
     mesh: Mesh,
-    longest: int,
-    piece: int,
-    largest: int,
+    demand: Demand,
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Steps:
@@ -78,9 +76,7 @@ def build_steps(
 
     Args:
         mesh: of all axes of the plan.
-        longest: positions of the longest prompt and its new tokens.
-        piece: positions of a prompt that go in at once.
-        largest: the largest token of a prompt.
+        demand: of the prompts.
         dtype: runs everything in this dtype; None leaves the model's own.
 
     Raises:
@@ -93,9 +89,9 @@ def build_steps(
             "say precision fp32"
         )
     if not any(axis.size > 1 and axis.name not in plan.data for axis in plan.axes):
-        return ModuleSteps(job, longest, piece, device, dtype)
+        return ModuleSteps(job, demand, device, dtype)
     try:
-        return GraphSteps(job, plan, mesh, longest, piece, largest, device, dtype)
+        return GraphSteps(job, plan, mesh, demand, device, dtype)
     except CaptureError as error:
         raise PlanError(f"{plan.title()} splits the model, but {error}; to generate, split the batch alone") from error
 
@@ -103,11 +99,11 @@ def build_steps(
 class ModuleSteps:
     """The module as it is, with the whole cache."""
 
-    def __init__(self, job: Job, longest: int, piece: int, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(self, job: Job, demand: Demand, device: torch.device, dtype: torch.dtype | None) -> None:
         module = job.build()
-        self._step = step_of(module if dtype is None else lift(module, dtype), job.global_batch, longest)
+        self._step = step_of(module if dtype is None else lift(module, dtype), job.global_batch, demand.longest)
         self._step.to(device).eval()
-        self._device, self._dtype, self.piece = device, dtype, piece
+        self._device, self._dtype, self.piece = device, dtype, demand.piece
         self.fixed = _fixed(self._step, job)
         self._state: list[Tensor] = []
 
@@ -143,21 +139,13 @@ class GraphSteps:
     """Captured steps, split within the replica."""
 
     def __init__(
-        self,
-        job: Job,
-        plan: Plan,
-        mesh: Mesh,
-        longest: int,
-        piece: int,
-        largest: int,
-        device: torch.device,
-        dtype: torch.dtype | None,
+        self, job: Job, plan: Plan, mesh: Mesh, demand: Demand, device: torch.device, dtype: torch.dtype | None
     ) -> None:
         module, weights = job.bare()
-        step = step_of(module if dtype is None else lift(module, dtype), job.global_batch, longest)
+        step = step_of(module if dtype is None else lift(module, dtype), job.global_batch, demand.longest)
         self.fixed, self._gives = _fixed(step, job), Replica.of(plan, mesh.rank).giver == mesh.rank
         graph = _graph(step, job, 1)
-        check_fits(graph.captured, type(module).__name__, longest, largest)
+        check_fits(graph.captured, type(module).__name__, demand)
         plan, bounds = for_prediction(job, plan.with_(micro_batches=1), module, graph, purposes=("train", "predict"))
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name not in plan.data), mesh.rank, mesh.recorder)
         plan = plan.with_(axes=tuple(_without_batch(axis) for axis in plan.replica().axes))
@@ -173,8 +161,8 @@ class GraphSteps:
         self._pipelines = {1: _pipeline(self._model, self._channels)}
         self._models = {1: self._model}
         self._last, self.piece = self._model, 1
-        if piece > 1:
-            self._take_pieces(step, job, piece)
+        if demand.piece > 1:
+            self._take_pieces(step, job, demand.piece)
 
     def _take_pieces(self, step: Step, job: Job, length: int) -> None:
         """Make programs for several positions, where they need the same parts of weights and of the cache."""

@@ -23,7 +23,7 @@ from shardwise.machine.here import accelerator, processor
 from shardwise.machine.quantity import Quantity
 from shardwise.measure.probes import curves, median_of_means, rates, timed
 
-SECONDS = 75.0
+SECONDS = 65.0
 """That measuring may take, about, besides the start of ranks."""
 _SMALL, _LARGE = 1 << 10, 25 << 20
 """Bytes of the tensors whose collectives are timed: for the latency, and, a bucket of gradients, for the bandwidth."""

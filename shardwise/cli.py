@@ -113,18 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     text = "where the outputs go, of one of these types; a run that was killed goes on with it"
     predict.add_argument("--output", type=Path, metavar="FILE", required=True, help=text)
     _ranks_option(predict)
-    split = predict.add_mutually_exclusive_group()
-    split.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it a replica on each rank")
-    text = "have one chosen for throughput, latency or memory"
-    split.add_argument("--objective", choices=("throughput", "latency", "memory"), help=text)
+    _inference_options(predict)
     predict.add_argument("--batch", type=positive, metavar="N", help="samples at a time, instead of the job's own")
-    text = "how weights are held: fp32, bf16 or int8 (as the model has them)"
-    predict.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=text)
     text = "batches that are computed in fp32 too, to say how far another precision is from it (1)"
     predict.add_argument("--compare", type=whole, default=1, metavar="N", help=text)
 
     serve = command("serve", _serve, "answer requests for a job's outputs over HTTP")
     _ranks_option(serve)
+    _inference_options(serve)
     add_serve_options(serve)
 
     plan = command("plan", _plan, "choose how to split a job, and say why")
@@ -158,6 +154,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _ranks_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=positive, metavar="N", help="ranks (one for each accelerator, else core)")
+
+
+def _inference_options(parser: argparse.ArgumentParser) -> None:
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it a replica on each rank")
+    text = "have one chosen for throughput, latency or memory"
+    split.add_argument("--objective", choices=("throughput", "latency", "memory"), help=text)
+    text = "how weights are held: fp32, bf16 or int8 (as the model has them)"
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=text)
 
 
 def _batch_option(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +216,6 @@ def _predict(arguments: argparse.Namespace) -> Answer:
     from shardwise.job import load_data
 
     job = _job(arguments)
-    plan = _read_plan(arguments.plan) if arguments.plan is not None else None
     run: dict[str, Any] = {"code": code_of(arguments.spec)}
     data = job.data
     if arguments.input is not None:
@@ -220,12 +224,7 @@ def _predict(arguments: argparse.Namespace) -> Answer:
     elif arguments.data is not None:
         data = load_data(arguments.data)
         run["input"] = code_of(arguments.data)
-    if arguments.objective is not None:
-        from shardwise.report.planned import why
-        from shardwise.search.space import Options
-
-        plan = why(job.with_(data=data), _ranks(arguments), Options(arguments.objective, purpose="predict"))[0]
-        print(f"{plan.text()}\n{plan.explain()}\n", flush=True)
+    plan = _inference_plan(arguments, job.with_(data=data))
     given = {name: getattr(arguments, name) for name in ("ranks", "spec", "precision", "compare")}
     found = predict_file(job, data, arguments.output, run=run, plan=plan, **given)
     print(found.text())
@@ -236,7 +235,7 @@ def _serve(arguments: argparse.Namespace) -> Answer:
     from shardwise.serving.command import serve
 
     job = _job(arguments)
-    return serve(arguments, job, _read_plan(arguments.plan) if arguments.plan is not None else None), 0
+    return serve(arguments, job, _inference_plan(arguments, job)), 0
 
 
 @uncollected()
@@ -372,6 +371,20 @@ def _choose(job: Job, ranks: int) -> _Choice:
 def _check_data(job: Job) -> None:
     if job.samples() == 0:
         raise JobError("the dataset is empty; give it at least global_batch samples")
+
+
+def _inference_plan(arguments: argparse.Namespace, job: Job) -> Plan | None:
+    """The plan that was given, or is chosen and printed; None for a replica on each rank."""
+    from shardwise.report.planned import why
+    from shardwise.search.space import Options
+
+    if arguments.plan is not None:
+        return _read_plan(arguments.plan)
+    if arguments.objective is None:
+        return None
+    plan: Plan = why(job, _ranks(arguments), Options(arguments.objective, purpose="predict"))[0]
+    print(f"{plan.text()}\n{plan.explain()}\n", flush=True)
+    return plan
 
 
 def _read_plan(path: Path) -> Plan:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,13 @@ class Server:
         name: of a function here, or a SPEC.
         options: of the command.
         folder: where it runs.
+
+    Attributes:
+        before: the lines that it printed before it served.
+        first: the line that says what it serves.
     """
+
+    first = ""
 
     def __init__(self, name: str, *options: str, folder: Path | None = None) -> None:
         spec = name if ":" in name else f"{Path(__file__).resolve()}:{name}"
@@ -120,11 +128,18 @@ class Server:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         assert self.process.stdout is not None
-        self.first = self.process.stdout.readline()
+        self.before = list(itertools.takewhile(lambda line: not line.startswith("http"), self._lines()))
         found = re.match(r"http://([0-9.]+):([0-9]+) ", self.first)
         if found is None:
             raise RuntimeError(self.process.communicate()[1])
         self.host, self.port = found[1], int(found[2])
+
+    def _lines(self) -> Iterator[str]:
+        """What it prints, of which the last so far is `first`."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.first = line
+            yield line
 
     def send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwise.errors import PlanError
 from shardwise.job import Job
@@ -134,6 +137,51 @@ def test_zero_bubble_defers_every_gradient_of_parameters(pool: Pool, name: str) 
         count = dict(seen)["all"]
         assert [changed for half, changed in seen if half == "input"] == [0] * 4
         assert [changed for half, changed in seen if half == "weight"] == [count] * 4
+
+
+class Backwards(TorchDispatchMode):
+    """Counts the operators that are some operator's backward, but for those that compute what they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if "backward" in name and "convolution" not in name:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Several(nn.Module):
+    """Layers whose backward gives the gradients of what came in and of weights in one go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(16, 128), nn.Linear(32, 8)
+        self.norm, self.recurrent, self.bend = nn.LayerNorm(32), nn.LSTM(32, 32, batch_first=True), nn.PReLU(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.recurrent(self.norm(self.up(x).view(-1, 4, 32)))[0]
+        return self.head(self.bend(states[:, -1]))  # type: ignore[no-any-return]
+
+
+def backwards(job: Job, plan: Plan) -> Counter[str]:
+    from shardwise.engine.engine import parallelize
+
+    engine = parallelize(job, plan)
+    with Backwards() as counted:
+        engine.forward_backward(job.batch(range(job.global_batch)))
+    return counted.seen
+
+
+def test_zero_bubble_computes_no_backward_twice(pool: Pool) -> None:
+    job = Job(model=Several, data=Vectors(classes=8), loss=class_loss, global_batch=8)
+    plan = Plan((pipeline(),), ("layer_norm.0",), micro_batches=2)
+    whole, halves = (pool(2).run(backwards, job, plan.with_(schedule=schedule)) for schedule in ("1f1b", "zero-bubble"))
+    assert whole == halves
+    for backward in ("rnn_layer", "layer_norm", "prelu"):
+        assert any(backward in op for op in whole[1]), whole
 
 
 class Repeated(nn.Module):

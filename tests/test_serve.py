@@ -16,8 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
-from tests.served import Server, obedient
+import shardwise as sw
+from shardwise.plan.plan import Plan
+from shardwise.report.planned import why
+from shardwise.search.space import Options
+from tests.served import Server, obedient, split
 from tests.test_launch import assert_eventually, assert_gone
 
 pytestmark = [
@@ -63,6 +68,26 @@ def test_the_first_line_says_what_is_served(server: Server) -> None:
     assert "serves obedient: data 2, 2 ranks in 2 replicas, batches of up to 8 samples with x" in server.first
     assert server.host == "127.0.0.1"
     assert server.health() == (200, {"status": "ok", "replicas": 2, "ready": 2})
+
+
+def test_a_plan_is_chosen_and_weights_are_held_as_asked_for() -> None:
+    server = Server("split", "--ranks", "2", "--objective", "memory", "--precision", "int8")
+    try:
+        plan: Plan = why(split(), 2, Options("memory", purpose="predict"))[0]
+        assert plan.ranks == 2 and not plan.data, "a replica on each rank has all weights on both"
+        shown = "".join(server.before)
+        assert shown.startswith(f"{plan.text()}\n") and plan.explain().partition(" on this ")[2] in shown
+        assert f"{plan.title()}, 2 ranks, weights in int8, batches of up to 8 samples" in server.first
+        tokens = split().batch(range(8))[0]
+        found = server.outputs(tokens.tolist())
+    finally:
+        server.end(signal.SIGKILL)
+    (want,) = sw.predict(split(), Subset(split().data, range(8)), plan, precision="int8")
+    plain = split().build()(tokens)
+    for number, tensor in enumerate(want):
+        got = torch.tensor([one[number] for one in found])
+        torch.testing.assert_close(got, tensor, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(got, plain[number], rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_are_the_models_in_its_own_structure(server: Server) -> None:

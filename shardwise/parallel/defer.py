@@ -3,7 +3,9 @@
 The stage before waits for the gradients of inputs, and nobody waits for those of parameters (Qi et al., "Zero bubble
 pipeline parallelism", 2023). So every operator at which parameters meet what was received runs as a small graph of its
 own. In the first half of backward it gives the gradient of what was received, and a tape notes what is left to do; the
-second half plays the tape. Nothing is computed twice, and what depends on parameters alone is left to the second half
+second half plays the tape. Products come in halves, each of which is a product of its own. What computes the gradients
+of all operands in one go, such as a norm or an LSTM, runs once, in the first half, which keeps those of parameters for
+the second: in halves it would be computed twice. What depends on parameters alone is left to the second half
 altogether.
 """
 
@@ -21,6 +23,13 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.parallel.program import Program, attribute_name
+
+_IN_HALVES = {
+    "addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d", "convolution", "dot", "einsum", "linear", "matmul", "mm", "mv",
+    "_grouped_mm", "_scaled_mm",
+}  # fmt: skip
+"""Operators that compute the gradient of each operand by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +90,7 @@ class Recorder:
     Attributes:
         tape: of that pass.
         targets: the operators that are deferred, and whether their backward is in one piece all the same: where it
-            communicates, it must run once.
+            communicates, it must run once, and else it is no slower.
     """
 
     tape: Tape = field(default_factory=Tape)
@@ -202,7 +211,8 @@ def defer_weights(program: Program, received: Collection[str]) -> tuple[Recorder
             leaves, _ = tree_flatten((node.args, node.kwargs))
             weights = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node) and leaf in learned)
             node.args = (holder, len(recorder.targets), weights, *node.args)
-            recorder.targets.append((node.target, bool(node.meta.get("answers"))))
+            name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+            recorder.targets.append((node.target, bool(node.meta.get("answers")) or name not in _IN_HALVES))
             node.target = deferred
     program.module.recompile()
     results: Any = graph.output_node().args[0]

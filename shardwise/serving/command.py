@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.arguments import positive
@@ -26,9 +25,8 @@ _BACKLOG = 2048
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `serve`, beside those that say which job and how many ranks."""
+    """The options of `serve`, beside those that say which job, by which plan, on how many ranks, in which numbers."""
     add = parser.add_argument
-    add("--plan", type=Path, metavar="FILE", help="the plan; without it a replica on each rank")
     add("--batch", type=positive, metavar="N", help="samples of a batch at most, instead of the job's own")
     add("--wait-ms", type=milliseconds, default="5", metavar="MS", help="a batch waits so long for others (5)")
     add("--queue", type=positive, default=256, metavar="N", help="samples that may wait; more get 503 (256)")
@@ -80,6 +78,7 @@ def serve(arguments: argparse.Namespace, job: Job, plan: Plan | None) -> dict[st
             job,
             plan,
             ranks=arguments.ranks,
+            precision=arguments.precision,
             spec=arguments.spec,
             fields=arguments.fields,
             wait=arguments.wait_ms,
@@ -131,8 +130,9 @@ def _first_line(service: Service, address: str) -> str:
     plan, count = service.plan, len(service.replicas)
     ranks = f"{plan.ranks} rank{'s' * (plan.ranks > 1)}"
     replicas = f" in {count} replicas" if count > 1 else ""
+    held = f"weights in {service.precision}, " if service.precision is not None else ""
     return (
-        f"{address} serves {service.job.title()}: {plan.title()}, {ranks}{replicas}, batches of up to "
+        f"{address} serves {service.job.title()}: {plan.title()}, {ranks}{replicas}, {held}batches of up to "
         f"{service.job.global_batch} samples with {', '.join(service.intake.names)}; Ctrl-C stops it"
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from shardwise.engine.launch import joined
 from shardwise.engine.sent import Sent
 from shardwise.errors import JobError, PlanError, ShardwiseError
-from shardwise.inference.precision import Arithmetic
+from shardwise.inference.precision import Arithmetic, Precision
 from shardwise.inference.prediction import Prediction, Replica, build
 from shardwise.job import Batch, slice_batch
 from shardwise.parallel.mesh import Mesh
@@ -42,6 +42,7 @@ class Task:
     Attributes:
         job: whose model it is.
         plan: of one replica.
+        precision: how weights are held; None leaves them as the model has them.
         example: two samples.
         most: samples of a batch.
         inboxes: of each rank.
@@ -49,6 +50,7 @@ class Task:
 
     job: Sent
     plan: Plan
+    precision: Precision | None
     example: Batch
     most: int
     inboxes: tuple[Inbox, ...]
@@ -86,7 +88,7 @@ Word = Ready | Computed | Failed
 def compute_batches(task: Task) -> Iterator[Word]:
     """Runs on every rank, until the pipe ends."""
     with joined() as place:
-        plan, arithmetic = task.plan, Arithmetic.of(task.plan, None, None)
+        plan, arithmetic = task.plan, Arithmetic.of(task.plan, task.precision, None)
         prediction = build(task.job.loaded(), plan, Mesh.build(plan.axes), task.example, place.device, arithmetic)
         _check_sizes(prediction, task)
         gives = Replica.of(task.plan, place.rank).giver == place.rank

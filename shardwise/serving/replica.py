@@ -60,11 +60,11 @@ class Seating:
     first: int
 
 
-class Replica:
-    """Keeps a replica going until it is told to stop.
+@dataclass(frozen=True)
+class Duty:
+    """What a replica is there for.
 
-    Args:
-        number: which one it is.
+    Attributes:
         task: what its ranks are told, without their inboxes.
         seating: where they run.
         waiting: where batches come from.
@@ -72,17 +72,18 @@ class Replica:
         observer: is told what happens.
     """
 
-    def __init__(
-        self,
-        number: int,
-        task: Task,
-        seating: Seating,
-        waiting: Waiting,
-        collate: Callable[[list[Any]], Batch],
-        observer: Observer,
-    ) -> None:
-        self._number, self._task, self._seating = number, task, seating
-        self._waiting, self._collate, self._observer = waiting, collate, observer
+    task: Task
+    seating: Seating
+    waiting: Waiting
+    collate: Callable[[list[Any]], Batch]
+    observer: Observer
+
+
+class Replica:
+    """Keeps a replica going until it is told to stop; it is the one with this number."""
+
+    def __init__(self, number: int, duty: Duty) -> None:
+        self._number, self._duty = number, duty
         self._life: _Life | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name=f"shardwise-replica{number}", daemon=True)
@@ -112,12 +113,12 @@ class Replica:
     def _keep(self) -> None:
         row, down = 0, 0.0
         while not self._stopping.wait(max(0.0, row - 1.0)):
-            life = self._life = _Life(self._task, self._seating, self._waiting, self._collate, self._observer)
+            life = self._life = _Life(self._duty)
             if self._stopping.is_set():
                 return
 
             def ready(since: float = down) -> None:
-                self._observer.started(self._number, time.monotonic() - since if since else None)
+                self._duty.observer.started(self._number, time.monotonic() - since if since else None)
 
             error = life.run(ready)
             if error is None or self._stopping.is_set():
@@ -125,9 +126,9 @@ class Replica:
             raised = life.began is not None and not isinstance(error, LostRankError)
             row = 0 if life.proved or raised else row + 1
             if row >= IN_A_ROW or (life.began is None and not down):
-                self._observer.given_up(error)
+                self._duty.observer.given_up(error)
                 return
-            self._observer.ended(self._number, error)
+            self._duty.observer.ended(self._number, error)
             down = down if down and life.began is None else time.monotonic()
 
 
@@ -146,16 +147,8 @@ class _Life:
     One thread, that of `run`, hears what they say; another, from when they are ready, gathers batches and sends them.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        seating: Seating,
-        waiting: Waiting,
-        collate: Callable[[list[Any]], Batch],
-        observer: Observer,
-    ) -> None:
-        self._task, self._seating, self._waiting = task, seating, waiting
-        self._collate, self._observer = collate, observer
+    def __init__(self, duty: Duty) -> None:
+        self._duty = duty
         self._live: Ranks | None = None
         self._stopped = self._over = self._answered = False
         self._told: set[int] = set()
@@ -181,9 +174,9 @@ class _Life:
 
     def stop(self) -> None:
         """Lets the ranks answer what they have, and end; ends at once those that are not ready."""
-        with self._waiting.changed:
+        with self._duty.waiting.changed:
             self._stopped = True
-            self._waiting.changed.notify_all()
+            self._duty.waiting.changed.notify_all()
         if not self.ready:
             for pid in self.pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -192,7 +185,7 @@ class _Life:
     def run(self, ready: Callable[[], None]) -> ShardwiseError | None:
         """Runs until the ranks end; why they did, where nobody told them to."""
         error: ShardwiseError | None = None
-        seating, world = self._seating, self._task.plan.ranks
+        seating, world = self._duty.seating, self._duty.task.plan.ranks
         pipes: list[tuple[Connection[Any, Any], Connection[Any, Any]]] = []
         sender = threading.Thread(target=self._send, args=(pipes,), daemon=True)
         try:
@@ -200,7 +193,7 @@ class _Life:
             inboxes = tuple(Inbox(os.getpid(), reader.fileno()) for reader, _ in pipes)
             with (
                 Ranks(world, backend=seating.backend, threads=seating.threads, first=seating.first) as live,
-                closing(live.stream(compute_batches, replace(self._task, inboxes=inboxes))) as words,
+                closing(live.stream(compute_batches, replace(self._duty.task, inboxes=inboxes))) as words,
             ):
                 self._live = live
                 if self._stopped:
@@ -232,14 +225,14 @@ class _Life:
         if isinstance(word, Ready):
             self._told.add(word.rank)
             self._dims = word.dims if word.dims is not None else self._dims
-            return len(self._told) == self._task.plan.ranks
+            return len(self._told) == self._duty.task.plan.ranks
         if isinstance(word, Failed) and not word.goes_on:
             # Later ones are echoes of the first; and that may be the echo of another rank's end, which is heard next.
             self._failed.setdefault(word.number, word.message)
             return False
-        with self._waiting.changed:
+        with self._duty.waiting.changed:
             batch = self._flying.pop(word.number)
-            self._waiting.changed.notify_all()
+            self._duty.waiting.changed.notify_all()
         if isinstance(word, Failed):
             self._raised(batch, word.message)
         else:
@@ -248,7 +241,7 @@ class _Life:
 
     def _answer(self, batch: _Batch, word: Computed) -> None:
         self._answered = True
-        self._observer.batch(batch.samples, time.monotonic() - batch.since)
+        self._duty.observer.batch(batch.samples, time.monotonic() - batch.since)
         found = columns(word.tensors, self._dims)
         stops = accumulate(len(request.rows) for request in batch.requests)
         for request, stop in zip(batch.requests, stops, strict=True):
@@ -257,15 +250,15 @@ class _Life:
     def _raised(self, batch: _Batch, message: str) -> None:
         """The requests of a batch that fails are computed again each by itself; who then fails is told."""
         if len(batch.requests) > 1:
-            self._waiting.put_back(batch.requests, alone=True)
+            self._duty.waiting.put_back(batch.requests, alone=True)
         for request in batch.requests if len(batch.requests) == 1 else ():
             request.refuse(Refused(500, f"the model failed on it: {message}"))
 
     def _end(self, error: ShardwiseError | None) -> None:
-        with self._waiting.changed:
+        with self._duty.waiting.changed:
             self._over = True
             left, self._flying = self._flying, {}
-            self._waiting.changed.notify_all()
+            self._duty.waiting.changed.notify_all()
         for number, batch in left.items():
             if number in self._failed and not isinstance(error, LostRankError):
                 self._raised(batch, self._failed[number])
@@ -277,9 +270,9 @@ class _Life:
 
     def _send(self, pipes: list[tuple[Connection[Any, Any], Connection[Any, Any]]]) -> None:
         writers = [writer for _, writer in pipes]
-        changed, together = self._waiting.changed, self._task.plan.pipeline
+        changed, together = self._duty.waiting.changed, self._duty.task.plan.pipeline
         for number in count(2):  # 0 and 1 were computed to try the model
-            requests = self._waiting.take(lambda: len(self._flying), together, lambda: self._stopped or self._over)
+            requests = self._duty.waiting.take(lambda: len(self._flying), together, lambda: self._stopped or self._over)
             if requests is None:
                 break
             here = [request for request in requests if not request.answer.cancelled()]
@@ -287,14 +280,14 @@ class _Life:
             if not here:
                 continue
             try:
-                collated = self._collate([row for request in here for row in request.rows])
+                collated = self._duty.collate([row for request in here for row in request.rows])
             except Exception as error:
                 self._raised(batch, f"collate: {type(error).__name__}: {error}")
                 continue
             message = pickle.dumps((number, collated), pickle.HIGHEST_PROTOCOL)
             with changed:
                 if self._over:
-                    self._waiting.put_back(here, alone=False)
+                    self._duty.waiting.put_back(here, alone=False)
                     return
                 self._flying[number] = batch
             try:

@@ -10,13 +10,14 @@ from typing import TextIO
 from shardwise.engine.sent import Sent
 from shardwise.engine.train import fitting
 from shardwise.errors import LaunchError, LostRankError, ShardwiseError
+from shardwise.inference.precision import Precision, check_precision
 from shardwise.job import Job
 from shardwise.machine.backend import Backend
 from shardwise.plan.plan import Plan
 from shardwise.serving.intake import Intake
 from shardwise.serving.metrics import Metrics
 from shardwise.serving.ranks import Task
-from shardwise.serving.replica import Replica, Seating
+from shardwise.serving.replica import Duty, Replica, Seating
 from shardwise.serving.request import Refused, Request
 from shardwise.serving.waiting import Waiting
 
@@ -32,6 +33,7 @@ class Service:
             first sample for how those of requests look.
         plan: how to split; None makes a replica of each of `ranks`.
         ranks: how many to start; None means those of the plan, or one for each device or core.
+        precision: how weights are held, as for `predict`.
         spec: where given, each rank loads the job from this SPEC instead of receiving it from this process.
         fields: of a sample that requests have; None means those that the model needs.
         wait: seconds that the first request of a batch waits for others.
@@ -48,6 +50,7 @@ class Service:
         plan: Plan | None = None,
         *,
         ranks: int | None = None,
+        precision: Precision | None = None,
         spec: str | None = None,
         fields: Sequence[str] | None = None,
         wait: float = 0.005,
@@ -59,7 +62,9 @@ class Service:
         inner = plan.with_(axes=own, zero=0, recompute=())
         if plan.ranks % inner.ranks:
             raise LaunchError(f"{plan.title()} does not come apart into replicas")
-        self.job, self.plan = job, plan
+        if precision is not None:
+            check_precision(precision)
+        self.job, self.plan, self.precision = job, plan, precision
         self.intake = Intake(job, fields, whole=inner.ranks > 1 or bool(inner.cuts), most=job.global_batch)
         self.metrics = Metrics()
         self.failed: ShardwiseError | None = None
@@ -70,17 +75,12 @@ class Service:
         self._waiting = Waiting(job.global_batch, wait, queue)
         self._changed = threading.Event()
         backend = Backend.detect(plan.ranks)
-        task = Task(Sent.of(job, spec), inner, self.intake.example(2), job.global_batch, ())
+        task = Task(Sent.of(job, spec), inner, precision, self.intake.example(2), job.global_batch, ())
+        threads, firsts = backend.threads(plan.ranks), range(0, plan.ranks, inner.ranks)
+        seats = [Seating(backend, threads, first) for first in firsts]
         self.replicas = [
-            Replica(
-                number,
-                task,
-                Seating(backend, backend.threads(plan.ranks), number * inner.ranks),
-                self._waiting,
-                self.intake.batch,
-                self,
-            )
-            for number in range(plan.ranks // inner.ranks)
+            Replica(number, Duty(task, seating, self._waiting, self.intake.batch, self))
+            for number, seating in enumerate(seats)
         ]
         self.metrics.watch(waiting=lambda: self._waiting.samples, ready=lambda: self.ready)
 

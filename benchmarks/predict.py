@@ -3,6 +3,7 @@
 Both sides of a ratio run in turns, one thread a rank. Ranges are quartiles of the rounds' own ratios. Parts:
 
 - data: samples a second of two replicas, by twice those of one;
+- plain: the same of two loops over the plain module, with nothing of ours: what the machine leaves of two;
 - tensor: seconds of one sample of SmolLM2-135M, its layers split over two ranks, by those of one core;
 - accelerate: seconds of a dataset on two ranks, by those of Accelerate's `split_between_processes`, model made and
   outputs on rank 0 in both;
@@ -45,8 +46,8 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import Plan, PlanAxis
 from shardwise.weights.save import save_weights
 
-GOALS = {"data": 0.95, "tensor": 0.75, "accelerate": 1.00, "load": 0.60, "memory": 0.60}
-AT_LEAST = ("data",)
+GOALS = {"data": 0.95, "plain": 0.95, "tensor": 0.75, "accelerate": 1.00, "load": 0.60, "memory": 0.60}
+AT_LEAST = ("data", "plain")
 """Parts whose figure is to be large; that of the others is to be small."""
 AHEAD, FIRST = 4, 4
 """Chunks that two ranks compute ahead of the caller; and those after them that are not timed."""
@@ -125,6 +126,39 @@ def _rate(outputs: Iterator[Any], taken: int) -> float:
     seconds = time.perf_counter() - began
     time.sleep((AHEAD + 2) * seconds / taken)  # meanwhile they compute ahead
     return taken / seconds
+
+
+def plain_loops(rounds: int) -> Iterator[Row]:
+    """Two loops side by side, against one of them while the other process waits."""
+    with Ranks(2, backend=Backend.cpu(), threads=1) as ranks:
+        for case, make in JOBS.items():
+            chunks = TAKEN[case] // 2
+            one, two = ranks.run(_plain_rates, make(chunks), chunks, rounds, timeout=300)
+            pairs = [(a + b, 2 * alone) for (a, alone), (b, _) in zip(one, two, strict=True)]
+            yield Row.of("plain", case, pairs, "chunks/s")
+
+
+def _plain_rates(job: Job, chunks: int, rounds: int) -> list[tuple[float, float]]:
+    """Chunks a second of this rank while both compute, and while rank 0 does alone."""
+    found: list[tuple[float, float]] = []
+    size = job.global_batch
+    with joined() as place, torch.inference_mode():
+        module = job.build().eval()
+        for n in range(rounds + 1):
+            rates = [0.0, 0.0]
+            for side, computes in enumerate((True, place.rank == 0)):
+                dist.barrier()
+                began = time.perf_counter()
+                for chunk in range(-FIRST, chunks * computes):
+                    if not chunk:
+                        began = time.perf_counter()
+                    start = max(chunk, 0) * size
+                    module(job.batch(range(start, start + size)))
+                rates[side] = chunks / (time.perf_counter() - began)
+                dist.barrier()
+            if n:
+                found.append((rates[0], rates[1]))
+    return found
 
 
 # --- tensor: the latency of one sample --------------------------------------------------------------------------------
@@ -275,10 +309,23 @@ def _peak(job: Job, plan: Plan, small: Job, small_plan: Plan) -> int:
     return backend.peak_memory() - before
 
 
+def table(rows: Sequence[Row]) -> str:
+    """The rows as they stand in the documentation."""
+    lines = ["| part | case | figure | quartiles | goal | ours | other | |", "|---|---|--:|---|---|--:|--:|---|"]
+    for r in rows:
+        goal = f"{'≥' if r.part in AT_LEAST else '≤'} {r.goal:.2f}{'' if r.met else ' missed'}"
+        lines.append(
+            f"| {r.part} | {r.case} | {r.figure:.3f} | {r.low:.3f} – {r.high:.3f} | {goal} | {r.ours:.4g} | "
+            f"{r.other:.4g} | {r.unit} |"
+        )
+    return "\n".join(lines)
+
+
 # --- on the command line ----------------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
     "data": data_parallel,
+    "plain": plain_loops,
     "tensor": tensor_parallel,
     "accelerate": against_accelerate,
     "load": loading,

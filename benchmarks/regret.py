@@ -85,13 +85,17 @@ class Row:
         """By what part it is off at the speed that the machine had meanwhile."""
         return self.predicted_s * self.drift / self.picked_s - 1
 
+    @property
+    def memory(self) -> float:
+        """By what part its memory is off."""
+        return self.predicted_bytes / self.picked_bytes - 1
+
     def line(self) -> str:
         """The row as the table prints it."""
-        memory = self.predicted_bytes / self.picked_bytes - 1
         return (
             f"{self.workload:10} {self.link:8} {self.ranks:2d}  {self.picked_s * 1e3:8.1f} {self.best_s * 1e3:8.1f} "
             f"{self.regret:7.1%}  {self.predicted_s * 1e3:8.1f} {self.error:+7.1%} {self.drift:6.2f} "
-            f"{self.rest:+7.1%}  {memory:+7.1%}  {len(self.plans):3d} of {self.space:3d}  {self.picked}"
+            f"{self.rest:+7.1%}  {self.memory:+7.1%}  {len(self.plans):3d} of {self.space:3d}  {self.picked}"
             + (f"; best {self.best}" if self.best != self.picked else "")
         )
 
@@ -229,28 +233,75 @@ def slow_cluster(names: tuple[str, str], link: str, ranks: int) -> Cluster:
     return Cluster(f"2 nodes over {link}", (Node(ranks // 2, kind, joins),) * 2)
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """Medians and worst of all rows, against the goals."""
-    regrets = [r["regret"] for r in rows]
-    errors = [abs(r["predicted_s"] / r["picked_s"] - 1) for r in rows]
-    rests = [abs(r["predicted_s"] * r["drift"] / r["picked_s"] - 1) for r in rows]
-    memory = [r["predicted_bytes"] / r["picked_bytes"] - 1 for r in rows]
-    every = [abs(p["predicted_s"] / p["measured_s"] - 1) for r in rows for p in r["plans"]]
-    return (
-        f"{len(rows)} rows: regret median {statistics.median(regrets):.1%} (goal 3 %), "
-        f"worst {max(regrets):.1%} (10 %); "
-        f"step error of picks median {statistics.median(errors):.1%} (10 %), "
-        f"{statistics.median(rests):.1%} at the machine's speed of the time, of all {len(every)} plans "
-        f"{statistics.median(every):.1%}; memory error median {statistics.median(map(abs, memory)):.1%} (5 %), "
-        f"lowest {min(memory):+.1%} (-5 %)"
-    )
+@dataclass(frozen=True)
+class Summary:
+    """Medians and worst of some rows, as parts."""
+
+    rows: int
+    regret: float
+    worst: float
+    error: float
+    rest: float
+    memory: float
+    lowest: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Summary:
+        """Of at least one row."""
+        memory = [row.memory for row in rows]
+        return cls(
+            len(rows), statistics.median(r.regret for r in rows), max(r.regret for r in rows),
+            statistics.median(abs(r.error) for r in rows), statistics.median(abs(r.rest) for r in rows),
+            statistics.median(map(abs, memory)), min(memory),
+        )  # fmt: skip
+
+    def text(self) -> str:
+        """The figures with their goals."""
+        return (
+            f"{self.rows} rows: regret median {self.regret:.1%} (goal 3 %), worst {self.worst:.1%} (10 %); step error "
+            f"of picks median {self.error:.1%} (10 %), {self.rest:.1%} at the machine's speed of the time; memory "
+            f"error median {self.memory:.1%} (5 %), lowest {self.lowest:+.1%} (-5 %)"
+        )
 
 
-def _merged(path: Path, rows: Sequence[Row]) -> list[dict[str, Any]]:
+def tables(rows: Sequence[Row]) -> str:
+    """The rows, and their medians by link and ranks, as they stand in the documentation."""
+    lines = [
+        "| workload | link | ranks | pick | pick, ms | fastest, ms | regret | foretold, ms | error | drift | rest | "
+        "memory |",
+        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r.workload} | {r.link} | {r.ranks} | {r.picked} | {r.picked_s * 1e3:.1f} | {r.best_s * 1e3:.1f} | "
+        f"{r.regret:.1%} | {r.predicted_s * 1e3:.1f} | {r.error:+.1%} | {r.drift:.2f} | {r.rest:+.1%} | "
+        f"{r.memory:+.1%} |"
+        for r in rows
+    ]
+    lines += [
+        "",
+        "| | rows | regret, median | worst | step error, median | rest, median | memory error, median | lowest |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| goal | | 3 % | 10 % | 10 % | | 5 % | -5 % |",
+    ]
+    groups = {f"{link}, {n} rank{'s' * (n > 1)}": (link, n) for link in RANKS for n in RANKS[link]}
+    parts = {name: [r for r in rows if (r.link, r.ranks) == key] for name, key in groups.items()}
+    for name, part in {**parts, "all": rows}.items():
+        s = Summary.of(part)
+        lines.append(
+            f"| {name} | {s.rows} | {s.regret:.1%} | {s.worst:.1%} | {s.error:.1%} | {s.rest:.1%} | {s.memory:.1%} | "
+            f"{s.lowest:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def stored(path: Path = RESULTS) -> list[Row]:
+    """The rows of a file; none where there is no file."""
+    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+def _merged(path: Path, rows: Sequence[Row]) -> list[Row]:
     """The rows of a file, those measured now replaced."""
-    before = json.loads(path.read_text()) if path.exists() else []
-    found = {(r["workload"], r["link"], r["ranks"]): r for r in before}
-    found |= {(r.workload, r.link, r.ranks): asdict(r) for r in rows}
+    found = {(r.workload, r.link, r.ranks): r for r in [*stored(path), *rows]}
     order = [(w, link, n) for link in RANKS for n in RANKS[link] for w in JOBS]
     return [found[key] for key in order if key in found]
 
@@ -285,7 +336,7 @@ def main() -> None:
     def add(row: Row) -> None:
         rows.append(row)
         print(row.line(), flush=True)
-        options.out.write_text(json.dumps(_merged(options.out, rows), indent=1) + "\n")
+        options.out.write_text(json.dumps([asdict(r) for r in _merged(options.out, rows)], indent=1) + "\n")
 
     try:
         for link in options.link:
@@ -305,7 +356,7 @@ def main() -> None:
                 print(f"{link}: skipped, {reason}", flush=True)
     finally:
         bench.close()
-    print(f"\n{summary([asdict(r) for r in rows])}; {time.monotonic() - began:.0f} s" if rows else "\nno rows")
+    print(f"\n{Summary.of(rows).text()}; {time.monotonic() - began:.0f} s" if rows else "\nno rows")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+import benchmarks.predict
+import benchmarks.regret
 import benchmarks.serve
 from benchmarks.arrays import Row, table
 from shardwise.cli import _parser
@@ -173,6 +175,20 @@ def test_the_figures_of_the_server_are_those_measured() -> None:
     rows = [benchmarks.serve.Row(**row) for row in found["rows"]]
     assert len(rows) >= 2
     assert benchmarks.serve.table(rows) in page
+
+
+def test_the_figures_of_regret_are_those_measured() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = benchmarks.regret.stored()
+    assert len(rows) == 40
+    assert benchmarks.regret.tables(rows) in page
+
+
+def test_the_figures_of_inference_are_those_measured() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "benchmarks" / "results" / "predict.json").read_text(encoding="utf-8"))
+    assert len(found) >= 11
+    assert benchmarks.predict.table([benchmarks.predict.Row(**row) for row in found]) in page
 
 
 def test_the_profiles_are_those_of_the_page() -> None:

@@ -419,3 +419,13 @@ def test_a_rank_that_waits_leaves_its_processor_to_the_others() -> None:
     )
     assert alone["bubble"] > 0.1 * alone["compute"]
     assert crowded == alone | {"bubble": alone["bubble"] / 2}
+
+
+def test_gradients_of_tied_weights_are_summed_over_the_stages_that_use_them() -> None:
+    plan = Plan((PlanAxis(PIPELINE, 2),), stages("gpt2_dropout", 2), micro_batches=2)
+    tied = graph_of("gpt2_dropout").params["transformer.wte.weight"].numel().at(1)
+    route = places(plan, H100)[0].routes[PIPELINE]
+    fixed, each = route.parts("all_reduce")
+    found = price("gpt2_dropout", plan).seconds
+    assert found["communication pipeline"] == pytest.approx(fixed + 4 * tied * each)
+    assert "communication pipeline" not in price("llama", replace(plan, cuts=stages("llama", 2))).seconds

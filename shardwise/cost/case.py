@@ -353,6 +353,8 @@ class Case:
         hidden[DATA] = hidden.get(DATA, 0.0) + float(slowest[1])
         for axis, more in slowest[2].items():
             sent[axis] = sent.get(axis, 0.0) + float(more)
+        if stages > 1:
+            sent[PIPELINE] = self._tied(merged)
         seconds = {"compute": compute, "overhead": waits + self._step()}
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
         seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
@@ -374,6 +376,14 @@ class Case:
         limits = tuple(place.memory for place in self.places)
         pace = self.pace(forward, sends)
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits, pace)
+
+    def _tied(self, ranks: Sequence[Stretches]) -> float:
+        """Seconds to sum the gradients of parameters that several pipeline ranks use."""
+        again = sum(float(s.weights) for s in ranks) - float(self.tables[0].whole.weights)
+        if again < 1 or self.ways == 1:
+            return 0.0
+        fixed, each = self.places[0].routes[PIPELINE].parts("all_reduce")
+        return fixed + each * again * self.profile.send_gradient
 
     def pace(self, forward: Sequence[float], sends: Sequence[float]) -> float:
         """Seconds from one batch to the next; 0 where the next waits for all that a step takes."""

@@ -132,7 +132,8 @@ class Rows:
         made = [work.made(op, samples) for op in work.graph.ops]
         most = [work.largest(op, samples) for op in work.graph.ops]
         self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
-        self.halved = self.meets * (self.kept + self.each(made))
+        # Of other operators than products the gradients of parameters alone wait for the second half.
+        self.halved = self.meets * self.products * (self.kept + self.each(made))
         self.largest = self.each(most)
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)

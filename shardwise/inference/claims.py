@@ -19,7 +19,7 @@ import torch.distributed as dist
 from shardwise.engine.launch import Place
 from shardwise.inference.prediction import Replica
 
-_PAUSE = 0.001  # seconds between looks whether there is room
+_PAUSE, _LONGEST = 0.001, 0.02  # seconds between looks whether there is room: at first, and at most
 FOREVER = timedelta(days=365)  # nothing but the end of a rank, which others notice, keeps a claim from being told
 _T = TypeVar("_T")
 _CLAIMED, _TAKEN, _STOPPED = "claimed", "taken", "stopped"
@@ -78,10 +78,13 @@ class Claims:
 
     def _await_room(self, chunk: int) -> bool:
         """Wait until a chunk is no more than the window ahead; False where all is stopped."""
+        pause = _PAUSE
         while not self._store.check([_STOPPED]):
             if chunk < self._taken() + self.window:
                 return True
-            time.sleep(_PAUSE)
+            # Looking takes processor time that others may need while the caller takes its time.
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST)
         return False
 
 

@@ -44,7 +44,7 @@ def embedder() -> Any:
             kept = attention_mask[..., None].to(hidden.dtype)
             return F.normalize((hidden * kept).sum(1) / kept.sum(1), dim=-1)
 
-    return Embedder(AutoConfig.from_pretrained(_folder()), add_pooling_layer=False)
+    return Embedder(AutoConfig.from_pretrained(_folder()))
 
 
 class Sentences(Dataset[dict[str, Tensor]]):

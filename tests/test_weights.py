@@ -295,3 +295,12 @@ def test_what_the_file_has_not_is_as_without_it(kind: str, tmp_path: Path, caplo
     assert torch.equal(module.get_buffer("scale"), job.build().get_buffer("scale"))
     assert [n for n, t in trained(small_job()).items() if not torch.equal(module.state_dict()[n], t)] == []
     assert ("is built whole before its weights are read, because" in caplog.text) == (kind != "made")
+
+
+def test_a_buffer_that_is_no_longer_saved_may_be_in_the_file(tmp_path: Path) -> None:
+    job = small_job(lambda: Derived("made"))
+    state = trained(small_job())
+    save_file({**state, "scale": torch.zeros(4)}, tmp_path / "x.safetensors")
+    module = job.with_(weights=tmp_path / "x.safetensors").build()
+    assert torch.equal(module.get_buffer("scale"), torch.arange(4.0)), "the module's own"
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())

@@ -378,12 +378,13 @@ class Case:
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits, pace)
 
     def _tied(self, ranks: Sequence[Stretches]) -> float:
-        """Seconds to sum the gradients of parameters that several pipeline ranks use."""
+        """Seconds to sum the gradients of parameters that two pipeline ranks use, such as an embedding's."""
         again = sum(float(s.weights) for s in ranks) - float(self.tables[0].whole.weights)
         if again < 1 or self.ways == 1:
             return 0.0
         fixed, each = self.places[0].routes[PIPELINE].parts("all_reduce")
-        return fixed + each * again * self.profile.send_gradient
+        ring = 2 * (self.plan.pipeline - 1) / self.plan.pipeline  # of two ranks it is 1
+        return fixed + each / ring * again * self.profile.send_gradient
 
     def pace(self, forward: Sequence[float], sends: Sequence[float]) -> float:
         """Seconds from one batch to the next; 0 where the next waits for all that a step takes."""

@@ -42,7 +42,8 @@ class Weights:
         for names in tied.values():
             found = [source for source in dict.fromkeys(map(look, names)) if source in files.entries]
             self._sources |= dict.fromkeys(names, found)
-        known = None if rename else tensors.keys()
+        # What the module has and no longer saves, such as positions, files of earlier versions still have.
+        known = None if rename else {*tensors, *(name for name, _ in module.named_buffers(remove_duplicate=False))}
         self._check([names[0] for names in tied.values()], known, model)
 
     # -- reading -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def weigh_back(outs: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[tuple[
     config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
     torch.autograd._enable_profiler_legacy(config)
     try:
-        # What forward kept is not freed meanwhile: the profiler saw none of it come, and counts what it takes it for.
+        # What forward kept is not freed meanwhile: the profiler did not see it allocated, and would take it for
+        # something that it saw at that address before.
         grads = torch.autograd.grad(outs, wanted, given, allow_unused=True, retain_graph=True)
     finally:
         threads = torch.autograd._disable_profiler_legacy()

@@ -15,7 +15,7 @@ from shardwise.engine.feed import Share
 from shardwise.engine.optimize import squared_norm
 from shardwise.graph.graph import Graph
 from shardwise.job import Batch, Job
-from shardwise.parallel.mesh import Mesh, Traffic
+from shardwise.parallel.mesh import Mesh, Traffic, open_group
 from shardwise.plan.plan import Plan
 
 
@@ -144,7 +144,7 @@ class Engine(ABC):
         total = squared_norm([(grad, share) for _, grad, share in grads], self.device)
         if dist.is_initialized() and self.plan.ranks > 1:
             self.mesh.recorder.add("all_reduce", "all", total.element_size())
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=open_group(range(self.plan.ranks), "all")[0])
         norm = math.sqrt(float(total))
         limit = self.job.clip_norm
         # A stage may have no parameters.

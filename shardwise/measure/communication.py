@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from torch.profiler import ProfilerActivity, profile
@@ -10,6 +11,7 @@ from shardwise.engine.base import Engine
 from shardwise.engine.train import run_steps
 from shardwise.job import Batch
 from shardwise.machine.backend import Backend
+from shardwise.machine.shared_memory import SPAN
 
 Span = tuple[float, float]
 
@@ -31,14 +33,18 @@ def communication_share(engine: Engine, data: Iterator[Batch], steps: int, backe
         seconds = sum(run_steps(engine, data, steps, backend).seconds)
     sending: list[Span] = []
     computing: list[Span] = []
+    inside: list[Span] = []
     for event in seen.events() or []:
         if event.device_type.name.lower() != device:
             continue
         span = (event.time_range.start, event.time_range.end)
-        if event.name.startswith(("gloo:", "nccl")):
+        if event.name == SPAN:
+            inside.append(span)
+        elif event.name.startswith(("gloo:", "nccl")):
             sending.append(span)
         elif device != "cpu" or event.name.startswith("aten::"):
             computing.append(span)
+    sending, computing = sending + inside, outside(computing, inside)
     return min(1.0, exposed(sending, computing, _PAUSE if device == "cpu" else 0.0) * 1e-6 / seconds)
 
 
@@ -49,6 +55,18 @@ def exposed(sending: Iterable[Span], computing: Iterable[Span], pause: float = 0
     """
     computing = _joined(computing, pause)
     return _length([*sending, *computing]) - _length(computing)
+
+
+def outside(spans: Iterable[Span], others: Iterable[Span]) -> list[Span]:
+    """The spans that do not begin within one of others, such as the operators with which a collective is done."""
+    joined = _joined(others, 0.0)
+    starts = [start for start, _ in joined]
+    found = []
+    for span in spans:
+        at = bisect_right(starts, span[0]) - 1
+        if at < 0 or span[0] >= joined[at][1]:
+            found.append(span)
+    return found
 
 
 def _joined(spans: Iterable[Span], pause: float) -> list[Span]:

@@ -22,6 +22,7 @@ from shardwise.machine.device import Device, Link, network
 from shardwise.machine.here import accelerator, processor
 from shardwise.machine.quantity import Quantity
 from shardwise.measure.probes import curves, median_of_means, rates, timed
+from shardwise.parallel.mesh import open_group
 
 SECONDS = 65.0
 """That measuring may take, about, besides the start of ranks."""
@@ -97,7 +98,8 @@ def collectives(group_size: int, backend: Backend, repeated: int = _REPEATED) ->
     world, rank = dist.get_world_size(), dist.get_rank()
     # Every rank makes every group.
     starts = range(0, world, group_size)
-    group = [dist.new_group(list(range(start, start + group_size))) for start in starts][rank // group_size]
+    groups = [open_group(range(start, start + group_size), "measured")[0] for start in starts]
+    group = groups[rank // group_size]
     first = rank // group_size * group_size
     runs = {size: _runs(size, group, group_size, first, backend.device()) for size in (_SMALL, _LARGE)}
     samples: dict[tuple[str, int], list[float]] = {}
@@ -120,7 +122,6 @@ def collectives(group_size: int, backend: Backend, repeated: int = _REPEATED) ->
         fixed = seconds[_SMALL]
         each = (seconds[_LARGE] - fixed) / _LARGE
         found[kind] = fixed, max(each, 1e-15)
-    dist.destroy_process_group(group)
     return found
 
 
@@ -222,7 +223,7 @@ def _device(ranks: int, backend: Backend, told: Sequence[dict[str, Any]], most: 
                    measured(1 / statistics.mean(f[kind][1] for f in those)))
         for n in told[0]["collectives"] for those in [[t["collectives"][n] for t in told]] for kind in COLLECTIVES
     ]  # fmt: skip
-    link = _link(rows, measured, "gloo over loopback" if backend.device_type == "cpu" else "NCCL")
+    link = _link(rows, measured, "shared memory" if backend.device_type == "cpu" else "NCCL")
     if most is not None:
         slower = ranks / int(most.name.removeprefix("ranks-"))
         more = f"{most.bandwidth.source}, shared by {ranks}"

@@ -1,4 +1,4 @@
-"""The collectives that a rank performs, seen where torch dispatches them: independent of Shardwise's own count."""
+"""The collectives that a rank performs, seen where torch passes them on: independent of what the program records."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardwise.machine.shared_memory import OBSERVER
 from shardwise.parallel.mesh import Recorder, Traffic
 
 # Operator of torch's own library to the kind of the collective, and which argument has what this rank hands in.
@@ -23,6 +24,7 @@ _KINDS = {
     "broadcast_": ("broadcast", 0),
     "send": ("send", 0),
 }
+_KINDS_SEEN = frozenset(kind for kind, _ in _KINDS.values())
 
 
 class Collectives(TorchDispatchMode):
@@ -42,6 +44,18 @@ class Collectives(TorchDispatchMode):
                 kind, at = _KINDS[name]
                 self._recorder.add(kind, _axis(args), sum(t.numel() * t.element_size() for t in _tensors(args[at])))
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Collectives:
+        self._before = OBSERVER.set(self._see)
+        return super().__enter__()  # type: ignore[no-any-return,no-untyped-call]
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)  # type: ignore[no-untyped-call]
+        OBSERVER.reset(self._before)
+
+    def _see(self, kind: str, group: dist.ProcessGroup, size: int) -> None:
+        if kind in _KINDS_SEEN:
+            self._recorder.add(kind, group.group_desc, size)
 
     def take(self) -> list[Traffic]:
         """What was counted so far; counting starts anew."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from shardwise.errors import PlanError
 from shardwise.machine.backend import wait_at_exit
+from shardwise.machine.shared_memory import register
 from shardwise.plan.plan import PlanAxis
 
 
@@ -170,7 +171,8 @@ def open_group(ranks: Sequence[int], axis: str, use: str = "") -> tuple[dist.Pro
     key = (axis, use, *ranks)
     new = key not in groups
     if new:
-        groups[key] = dist.new_group(ranks, group_desc=axis)
+        backend = register() if dist.get_backend() == "gloo" else None  # else the default group's
+        groups[key] = dist.new_group(ranks, backend=backend, group_desc=axis)
         wait_at_exit()
     return groups[key], new
 

@@ -1,0 +1,383 @@
+"""A backend of torch.distributed for the CPU: collectives between processes of one machine, through shared memory.
+
+Gloo sends over sockets also where both ends are on one machine: each message wakes a thread on either side, and the
+kernel copies it twice. This does the same through memory that both map. Where ranks are on several machines, or on
+processors that it cannot trust with it (see `slots`), gloo does the work; and always what ranks send to single others.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from shardwise.machine.slots import SLOT_BYTES, Exchange, Put, Slots, Take, length
+
+NAME = "shardwise"
+"""What torch.distributed calls the backend."""
+_BOOT, _NETWORK = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
+_DIRECT_BYTES = 1 << 16
+"""Up to here each of several ranks sums everything, in one round; above, it sums its part and gathers the others'."""
+_FOLDS: tuple[tuple[Any, Callable[..., Tensor]], ...] = (
+    (dist.ReduceOp.SUM, torch.add),
+    (dist.ReduceOp.MAX, torch.maximum),
+    (dist.ReduceOp.MIN, torch.minimum),
+    (dist.ReduceOp.PRODUCT, torch.mul),
+)
+_KINDS = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "gather", "broadcast", "all_to_all", "send")
+SPAN = "shardwise:collective"
+"""What torch's profiler calls the time that a rank spends in a collective, waiting for others included."""
+
+Observer = Callable[[str, dist.ProcessGroup, int], None]
+OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
+"""Is told of each collective its kind, its group and the bytes that this rank hands in; torch's dispatcher is not."""
+
+
+def register() -> str:
+    """Makes the backend known to torch.distributed, and returns its name."""
+    if NAME not in dist.Backend.backend_list:
+        dist.Backend.register_backend(NAME, SharedMemoryGroup, devices=["cpu"])
+    return NAME
+
+
+class Pending:
+    """A collective under way.
+
+    Args:
+        slots: what it goes through.
+        rounds: of the group, after which it is done.
+    """
+
+    def __init__(self, slots: Slots, rounds: int) -> None:
+        self._slots, self._rounds = slots, rounds
+
+    def is_completed(self) -> bool:
+        """Whether this rank has all that is meant for it; goes on as far as it can without waiting."""
+        self._slots.advance()
+        return self._slots.taken >= self._rounds
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait until this rank has all that is meant for it.
+
+        Args:
+            timeout: how long the others may do nothing; None means as long as the group allows.
+
+        Raises:
+            RuntimeError: another rank is gone, takes too long, or does something else.
+        """
+        with _span():
+            self._slots.wait(self._rounds, timeout.total_seconds() if timeout else None)
+        return True
+
+
+_ProcessGroup: Any = dist.ProcessGroup  # whose methods are declared for C++ alone
+
+
+class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
+    """A process group of ranks on one machine; where they are not, one of gloo.
+
+    Sums are taken in the order of the ranks, so that all ranks get the same bits.
+
+    Args:
+        store: where the ranks meet.
+        rank, size: this rank's place in the group.
+        timeout: how long to wait for another rank.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+        super().__init__(rank, size)
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+        file = _meet(store, rank, size)
+        self._slots = None if file is None else Slots(file, rank, size, timeout.total_seconds())
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether collectives go through shared memory."""
+        return self._slots is not None
+
+    def shutdown(self) -> None:
+        """Take no further part; others that wait for this rank fail."""
+        if self._slots is not None:
+            self._slots.close()
+        self._gloo.shutdown()
+
+    # -- what torch.distributed calls ----------------------------------------------------------------------------------
+
+    def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
+        self._tell("all_reduce", tensors)
+        fold = _fold_of(opts.reduceOp)
+        if self._slots is None or fold is None:
+            return self._gloo.allreduce(tensors, opts)
+        x = _flat(tensors[0])
+        if self.size() > 2 and x.nbytes > _DIRECT_BYTES:
+            parts = x.split(-(-x.numel() // self.size()))
+            parts += (x[:0],) * (self.size() - len(parts))
+            self._reduce_scatter(parts[self.rank()], parts, fold)
+            return self._gather(parts, parts[self.rank()], after=True)
+        return self._reduce("all_reduce", x, fold, range(self.size()))
+
+    def reduce(self, tensors: list[Tensor], opts: Any) -> Any:
+        self._tell("reduce", tensors)
+        fold = _fold_of(opts.reduceOp)
+        if self._slots is None or fold is None:
+            return self._gloo.reduce(tensors, opts)
+        return self._reduce("reduce", _flat(tensors[0]), fold, (opts.rootRank,))
+
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Any:
+        self._tell("reduce_scatter", inputs[0])
+        fold = _fold_of(opts.reduceOp)
+        if self._slots is None or fold is None:
+            return self._gloo.reduce_scatter(outputs, inputs, opts)
+        return self._reduce_scatter(_flat(outputs[0]), [_flat(part) for part in inputs[0]], fold)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Any:
+        self._tell("all_gather", inputs)
+        if self._slots is None:
+            return self._gloo.allgather(outputs, inputs, opts)
+        return self._gather([_flat(part) for part in outputs[0]], _flat(inputs[0]))
+
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Any:
+        self._tell("gather", inputs)
+        if self._slots is None:
+            return self._gloo.gather(outputs, inputs, opts)
+        return self._gather([_flat(part) for part in outputs[0]] if outputs else None, _flat(inputs[0]))
+
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
+        self._tell("broadcast", tensors)
+        if self._slots is None:
+            return self._gloo.broadcast(tensors, opts)
+        return self._broadcast(_flat(tensors[0]), opts.rootRank)
+
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any
+    ) -> Any:
+        self._tell("all_to_all", [input])
+        if self._slots is None:
+            return self._gloo.all_to_all_single(output, input, output_splits, input_splits, opts)
+        return self._all_to_all(output, input, output_splits, input_splits)
+
+    def alltoall_base(self, *args: Any) -> Any:
+        """What `all_to_all_single` is called before torch 2.13."""
+        self._tell("all_to_all", args[1:2])
+        return self._gloo.alltoall_base(*args) if self._slots is None else self._all_to_all(*args[:4])
+
+    def barrier(self, opts: Any) -> Any:
+        if self._slots is None:
+            return self._gloo.barrier(opts)
+        return self._reduce("all_reduce", torch.zeros(1, dtype=torch.uint8), torch.add, range(self.size()))
+
+    def send(self, tensors: list[Tensor], to: int, tag: int) -> Any:
+        self._tell("send", tensors)
+        return self._gloo.send(tensors, to, tag)
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int) -> Any:
+        return self._gloo.recv(tensors, source, tag)
+
+    def _tell(self, kind: str, given: Sequence[Tensor]) -> None:
+        observer = OBSERVER.get()
+        if observer is not None:
+            observer(kind, self, sum(x.nbytes for x in given))
+
+    # -- through slots -------------------------------------------------------------------------------------------------
+
+    def _reduce(self, kind: str, x: Tensor, fold: Callable[..., Tensor], roots: Sequence[int]) -> Pending:
+        """Every root sums what all put."""
+        each = SLOT_BYTES // x.itemsize
+
+        def put(k: int, slot: Tensor) -> None:
+            _put(x[k * each : (k + 1) * each], slot)
+
+        def take(k: int, slots: Sequence[Tensor]) -> None:
+            _fold(x[k * each : (k + 1) * each], slots, fold)
+
+        return self._begin(kind, x, x.numel(), each, put, take if self.rank() in roots else None)
+
+    def _reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], fold: Callable[..., Tensor]) -> Pending:
+        """A slot has a piece for each rank, who sums its own of every slot."""
+        each = SLOT_BYTES // out.itemsize // self.size()
+        mine = self.rank() * each
+
+        def put(k: int, slot: Tensor) -> None:
+            for rank, part in enumerate(parts):
+                _put(part[k * each : (k + 1) * each], slot[rank * each :])
+
+        def take(k: int, slots: Sequence[Tensor]) -> None:
+            _fold(out[k * each : (k + 1) * each], [slot[mine:] for slot in slots], fold)
+
+        return self._begin("reduce_scatter", out, parts[0].numel(), each, put, take)
+
+    def _gather(self, outs: Sequence[Tensor] | None, x: Tensor, *, after: bool = False) -> Pending:
+        """Every rank that has room for it takes what all put."""
+        each = SLOT_BYTES // x.itemsize
+
+        def put(k: int, slot: Tensor) -> None:
+            _put(x[k * each : (k + 1) * each], slot)
+
+        def take(k: int, slots: Sequence[Tensor]) -> None:
+            assert outs is not None
+            for rank, (out, slot) in enumerate(zip(outs, slots, strict=True)):
+                if rank != self.rank():
+                    _take(out[k * each : (k + 1) * each], slot)
+
+        if outs is not None and outs[self.rank()].data_ptr() != x.data_ptr():
+            outs[self.rank()].copy_(x)
+        longest = x.numel() if outs is None else outs[0].numel()  # only the last parts may be shorter
+        return self._begin("all_gather", x, longest, each, put, None if outs is None else take, after=after)
+
+    def _broadcast(self, x: Tensor, root: int) -> Pending:
+        each = SLOT_BYTES // x.itemsize
+
+        def put(k: int, slot: Tensor) -> None:
+            _put(x[k * each : (k + 1) * each], slot)
+
+        def take(k: int, slots: Sequence[Tensor]) -> None:
+            _take(x[k * each : (k + 1) * each], slots[root])
+
+        here = self.rank() == root
+        return self._begin("broadcast", x, x.numel(), each, put if here else None, None if here else take)
+
+    def _all_to_all(self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]) -> Pending:
+        """A slot has a piece for each rank, as long as the longest message needs."""
+        each = SLOT_BYTES // input.itemsize // self.size()
+        out = _flat(output).split(_lengths(output, output_splits, self.size()))
+        parts = _flat(input).split(_lengths(input, input_splits, self.size()))
+        longest = parts[0].numel()
+        if output_splits or input_splits:  # messages may differ, and each rank knows only its own
+            found = torch.tensor([max(part.numel() for part in parts)])
+            self._reduce("all_reduce", found, torch.maximum, range(self.size())).wait()
+            longest = int(found)
+        mine = self.rank() * each
+
+        def put(k: int, slot: Tensor) -> None:
+            for rank, part in enumerate(parts):
+                _put(part[k * each : (k + 1) * each], slot[rank * each :])
+
+        def take(k: int, slots: Sequence[Tensor]) -> None:
+            for part, slot in zip(out, slots, strict=True):
+                _take(part[k * each : (k + 1) * each], slot[mine:])
+
+        return self._begin("all_to_all", input, longest, each, put, take)
+
+    def _begin(
+        self, kind: str, x: Tensor, numbers: int, each: int, put: Put | None, take: Take | None, *, after: bool = False
+    ) -> Pending:
+        """Begin what takes a round for `each` of so many numbers."""
+        assert self._slots is not None
+        sign = _KINDS.index(kind) << 56 | numbers * x.itemsize
+        with _span():
+            rounds = self._slots.begin(Exchange(sign, x.dtype, -(-numbers // each), put, take, after))
+        return Pending(self._slots, rounds)
+
+
+def _span() -> AbstractContextManager[object]:
+    return record_function(SPAN) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+def _fold_of(op: Any) -> Callable[..., Tensor] | None:
+    """What joins two ranks' numbers; None where only gloo knows. An operation equals its name, but hashes otherwise."""
+    return next((fold for known, fold in _FOLDS if op == known), None)
+
+
+def _put(part: Tensor, slot: Tensor) -> None:
+    slot[: part.numel()].copy_(part)
+
+
+def _take(part: Tensor, slot: Tensor) -> None:
+    part.copy_(slot[: part.numel()])
+
+
+def _fold(out: Tensor, slots: Sequence[Tensor], fold: Callable[..., Tensor]) -> None:
+    parts = [slot[: out.numel()] for slot in slots]
+    if len(parts) == 1:
+        out.copy_(parts[0])
+        return
+    fold(parts[0], parts[1], out=out)
+    for part in parts[2:]:
+        fold(out, part, out=out)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The numbers of a tensor in the order in which they lie in memory, as gloo sends them too."""
+    if x.is_contiguous():
+        return x.view(-1)
+    strides = sorted(zip(x.stride(), x.shape, strict=True))
+    expected = 1
+    for stride, size in strides:
+        if size > 1 and stride != expected:
+            raise ValueError(
+                f"a tensor of shape {tuple(x.shape)} and strides {x.stride()} has gaps; send a contiguous one"
+            )
+        expected *= size
+    return x.as_strided((x.numel(),), (1,))
+
+
+def _lengths(x: Tensor, splits: list[int], size: int) -> list[int]:
+    """Numbers that go to or come from each rank; `splits` counts them in rows."""
+    if not splits:
+        return [x.numel() // size] * size
+    row = x.numel() // x.shape[0] if x.shape[0] else 0
+    return [n * row for n in splits]
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> int | None:
+    """The file that a group's ranks share; None on all of them where one cannot share it.
+
+    It has no name. The first rank opens it, and the others through that process, which works within one machine only.
+    They have to be in one network too: where it was divided, its parts stand for machines.
+    """
+    here = _place()
+    file = os.memfd_create(NAME) if here and rank == 0 else -1
+    if rank == 0:
+        token = secrets.token_hex(16)
+        if file >= 0:
+            os.truncate(file, length(size))
+            os.pwrite(file, token.encode(), length(size) - len(token))  # in the last slot, where it is overwritten
+        store.set("file", f"{here} {os.getpid()} {file} {token}")
+    else:
+        place, process, number, token = store.get("file").decode().rsplit(" ", 3)
+        if here and place == here:
+            file = _open_of(int(process), int(number), token, length(size))
+    store.set(f"open{rank}", str(int(file >= 0)))
+    if all(store.get(f"open{other}") == b"1" for other in range(size)):
+        return file
+    if file >= 0:
+        os.close(file)
+    return None
+
+
+def _place() -> str:
+    """What ranks have in common that can share memory; empty where this process cannot, or is told not to.
+
+    The environment variable SHARDWISE_SHARED_MEMORY=0 tells it.
+    """
+    wanted = os.environ.get("SHARDWISE_SHARED_MEMORY", "1") != "0"
+    if not wanted or sys.platform != "linux" or platform.machine() != "x86_64":
+        return ""
+    try:
+        return f"{_BOOT.read_text().strip()} {_NETWORK.stat().st_ino}"
+    except OSError:
+        return ""
+
+
+def _open_of(process: int, number: int, token: str, size: int) -> int:
+    """Another process's file of so many bytes, -1 where it cannot be opened or does not end with the token."""
+    try:
+        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    if os.pread(file, len(token), size - len(token)) == token.encode():
+        return file
+    os.close(file)
+    return -1

@@ -17,6 +17,7 @@ from shardwise.machine.backend import Backend, cores
 from shardwise.machine.cluster import Cluster, Node
 from shardwise.machine.device import Device, Link, device, known_devices, network, read_toml
 from shardwise.machine.quantity import Quantity
+from shardwise.machine.slots import place
 
 _USUAL = "a100-80gb"
 
@@ -50,6 +51,8 @@ def measured_file(backend: Backend | None = None) -> Path:
     backend = backend or Backend.detect()
     what = torch.cuda.get_device_name(0) if backend.device_type == "cuda" else processor()
     key = f"{what}, {cores()} cores, {torch.cuda.device_count()} devices, torch {torch.__version__}"
+    if place():
+        key += ", shared memory"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "shardwise" / f"machine-{hashlib.sha256(key.encode()).hexdigest()[:16]}.toml"
 

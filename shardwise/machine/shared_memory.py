@@ -7,15 +7,10 @@ processors that it cannot trust with it (see `slots`), gloo does the work; and a
 
 from __future__ import annotations
 
-import os
-import platform
-import secrets
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from shardwise.machine.slots import SLOT_BYTES, Exchange, Put, Slots, Take, length
+from shardwise.machine.slots import SLOT_BYTES, Exchange, Put, Slots, Take, meet
 
 NAME = "shardwise"
 """What torch.distributed calls the backend."""
-_BOOT, _NETWORK = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
 _DIRECT_BYTES = 1 << 16
 """Up to here each of several ranks sums everything, in one round; above, it sums its part and gathers the others'."""
 _FOLDS: tuple[tuple[Any, Callable[..., Tensor]], ...] = (
@@ -50,6 +44,11 @@ def register() -> str:
     if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, SharedMemoryGroup, devices=["cpu"])
     return NAME
+
+
+def shares_memory(group: dist.ProcessGroup) -> bool:
+    """Whether a group's collectives go through shared memory."""
+    return isinstance(group, SharedMemoryGroup) and group.shares_memory
 
 
 class Pending:
@@ -99,13 +98,17 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
-        file = _meet(store, rank, size)
+        file = meet(store, rank, size)
         self._slots = None if file is None else Slots(file, rank, size, timeout.total_seconds())
+        self.shares_memory = file is not None
 
     @property
-    def shares_memory(self) -> bool:
-        """Whether collectives go through shared memory."""
-        return self._slots is not None
+    def group_name(self) -> str:
+        """What torch.distributed calls this group."""
+        return self._name
+
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
 
     def shutdown(self) -> None:
         """Take no further part; others that wait for this rank fail."""
@@ -329,55 +332,3 @@ def _lengths(x: Tensor, splits: list[int], size: int) -> list[int]:
         return [x.numel() // size] * size
     row = x.numel() // x.shape[0] if x.shape[0] else 0
     return [n * row for n in splits]
-
-
-def _meet(store: dist.Store, rank: int, size: int) -> int | None:
-    """The file that a group's ranks share; None on all of them where one cannot share it.
-
-    It has no name. The first rank opens it, and the others through that process, which works within one machine only.
-    They have to be in one network too: where it was divided, its parts stand for machines.
-    """
-    here = _place()
-    file = os.memfd_create(NAME) if here and rank == 0 else -1
-    if rank == 0:
-        token = secrets.token_hex(16)
-        if file >= 0:
-            os.truncate(file, length(size))
-            os.pwrite(file, token.encode(), length(size) - len(token))  # in the last slot, where it is overwritten
-        store.set("file", f"{here} {os.getpid()} {file} {token}")
-    else:
-        place, process, number, token = store.get("file").decode().rsplit(" ", 3)
-        if here and place == here:
-            file = _open_of(int(process), int(number), token, length(size))
-    store.set(f"open{rank}", str(int(file >= 0)))
-    if all(store.get(f"open{other}") == b"1" for other in range(size)):
-        return file
-    if file >= 0:
-        os.close(file)
-    return None
-
-
-def _place() -> str:
-    """What ranks have in common that can share memory; empty where this process cannot, or is told not to.
-
-    The environment variable SHARDWISE_SHARED_MEMORY=0 tells it.
-    """
-    wanted = os.environ.get("SHARDWISE_SHARED_MEMORY", "1") != "0"
-    if not wanted or sys.platform != "linux" or platform.machine() != "x86_64":
-        return ""
-    try:
-        return f"{_BOOT.read_text().strip()} {_NETWORK.stat().st_ino}"
-    except OSError:
-        return ""
-
-
-def _open_of(process: int, number: int, token: str, size: int) -> int:
-    """Another process's file of so many bytes, -1 where it cannot be opened or does not end with the token."""
-    try:
-        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return -1
-    if os.pread(file, len(token), size - len(token)) == token.encode():
-        return file
-    os.close(file)
-    return -1

@@ -13,12 +13,17 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import platform
+import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 SLOT_BYTES = 1 << 19
@@ -28,6 +33,7 @@ _SLOTS = 2
 _LINE = 8
 """Numbers of 64 bits in a cache line; no two ranks write to one line."""
 _PAGE = 4096
+_BOOT, _NETWORK = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/net")
 _SPIN_SECONDS, _SLEEP_SECONDS, _LOOK_SECONDS = 3e-4, 1e-3, 0.25
 """How long a waiting rank keeps its core, how long it sleeps at most, and how often it looks whether others live."""
 
@@ -71,7 +77,7 @@ class Slots:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.taken = 0
         self._file = file
-        memory = mmap.mmap(file, length(size))
+        memory = mmap.mmap(file, _length(size))
         block = size * _LINE
         lines = memoryview(memory)[: 2 * block * 8].cast("q")
         # A rank's first line says how much it has put and what is in its slots, its second how much it has taken.
@@ -194,10 +200,62 @@ class Slots:
         return self._typed[dtype]
 
 
-def length(size: int) -> int:
+def _length(size: int) -> int:
     """Bytes of the file that a group of so many ranks shares; pages that are never written take no memory."""
     return _head(size) + _SLOTS * size * SLOT_BYTES
 
 
 def _head(size: int) -> int:
     return -(-2 * size * _LINE * 8 // _PAGE) * _PAGE
+
+
+def place() -> str:
+    """What ranks have in common that can share memory; empty where this process cannot, or is told not to.
+
+    The environment variable SHARDWISE_SHARED_MEMORY=0 tells it.
+    """
+    wanted = os.environ.get("SHARDWISE_SHARED_MEMORY", "1") != "0"
+    if not wanted or sys.platform != "linux" or platform.machine() != "x86_64":
+        return ""
+    try:
+        return f"{_BOOT.read_text().strip()} {_NETWORK.stat().st_ino}"
+    except OSError:
+        return ""
+
+
+def meet(store: dist.Store, rank: int, size: int) -> int | None:
+    """The file that a group's ranks share; None on all of them where one cannot share it.
+
+    It has no name. The first rank opens it, and the others through that process, which works within one machine only.
+    They have to be in one network too: where it was divided, its parts stand for machines.
+    """
+    here = place()
+    file = os.memfd_create("shardwise") if here and rank == 0 else -1
+    if rank == 0:
+        token = secrets.token_hex(16)
+        if file >= 0:
+            os.truncate(file, _length(size))
+            os.pwrite(file, token.encode(), _length(size) - len(token))  # in the last slot, where it is overwritten
+        store.set("file", f"{here} {os.getpid()} {file} {token}")
+    else:
+        there, process, number, token = store.get("file").decode().rsplit(" ", 3)
+        if here and there == here:
+            file = _open_of(int(process), int(number), token, _length(size))
+    store.set(f"open{rank}", str(int(file >= 0)))
+    if all(store.get(f"open{other}") == b"1" for other in range(size)):
+        return file
+    if file >= 0:
+        os.close(file)
+    return None
+
+
+def _open_of(process: int, number: int, token: str, size: int) -> int:
+    """Another process's file of so many bytes, -1 where it cannot be opened or does not end with the token."""
+    try:
+        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    if os.pread(file, len(token), size - len(token)) == token.encode():
+        return file
+    os.close(file)
+    return -1

@@ -21,6 +21,7 @@ from shardwise.machine.curve import COLLECTIVES, Collective
 from shardwise.machine.device import Device, Link, network
 from shardwise.machine.here import accelerator, processor
 from shardwise.machine.quantity import Quantity
+from shardwise.machine.shared_memory import shares_memory
 from shardwise.measure.probes import curves, median_of_means, rates, timed
 from shardwise.parallel.mesh import open_group
 
@@ -85,6 +86,8 @@ def _measured(computing: bool, seconds: float) -> dict[str, Any]:
         repeated = max(4, min(_REPEATED, int(4 * seconds)))
         sizes = [n for n in (2, 4, place.world) if place.world > 1 and place.world % n == 0]
         found["collectives"] = {n: collectives(n, place.backend, repeated) for n in dict.fromkeys(sizes)}
+        shared = place.world > 1 and shares_memory(open_group(range(place.world), "measured")[0])
+        found["link"] = "shared memory" if shared else "gloo" if place.backend.device_type == "cpu" else "NCCL"
         return found
 
 
@@ -223,7 +226,7 @@ def _device(ranks: int, backend: Backend, told: Sequence[dict[str, Any]], most: 
                    measured(1 / statistics.mean(f[kind][1] for f in those)))
         for n in told[0]["collectives"] for those in [[t["collectives"][n] for t in told]] for kind in COLLECTIVES
     ]  # fmt: skip
-    link = _link(rows, measured, "shared memory" if backend.device_type == "cpu" else "NCCL")
+    link = _link(rows, measured, told[0]["link"])
     if most is not None:
         slower = ranks / int(most.name.removeprefix("ranks-"))
         more = f"{most.bandwidth.source}, shared by {ranks}"

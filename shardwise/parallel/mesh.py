@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import product
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -172,9 +173,18 @@ def open_group(ranks: Sequence[int], axis: str, use: str = "") -> tuple[dist.Pro
     new = key not in groups
     if new:
         backend = register() if dist.get_backend() == "gloo" else None  # else the default group's
-        groups[key] = dist.new_group(ranks, backend=backend, group_desc=axis)
+        groups[key] = dist.new_group(ranks, timeout=_timeout(dist.group.WORLD), backend=backend, group_desc=axis)
         wait_at_exit()
     return groups[key], new
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a group waits for a rank. A new one would wait as torch does without being told, for half an hour."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if options is not None:
+            return options._timeout  # type: ignore[no-any-return]
+    return None
 
 
 def _group(

@@ -23,6 +23,7 @@ _PAUSE, _LONGEST = 0.001, 0.02  # seconds between looks whether there is room: a
 FOREVER = timedelta(days=365)  # nothing but the end of a rank, which others notice, keeps a claim from being told
 _T = TypeVar("_T")
 _CLAIMED, _TAKEN, _STOPPED = "claimed", "taken", "stopped"
+_MANY = 1 << 40  # more chunks than there are: the counter is beyond it where nothing more is to be claimed
 
 
 class Claims:
@@ -39,7 +40,7 @@ class Claims:
     def __init__(self, store: dist.Store, replica: Replica, rank: int, window: int, taken: Callable[[], int]) -> None:
         self.window = window
         self._store, self._replica, self._rank, self._taken = store, replica, rank, taken
-        self._number = 0
+        self._number = self._room = 0
 
     @property
     def leads(self) -> bool:
@@ -56,15 +57,16 @@ class Claims:
             self._store.delete_key(key)
             return chunk
         chunk = self.claim()
-        if not self._await_room(chunk):
+        if chunk >= 0 and not self._await_room(chunk):
             self.void(chunk)
             chunk = -1
         self.tell(chunk)
         return chunk
 
     def claim(self) -> int:
-        """The next chunk that nobody has; on the first rank of a replica."""
-        return int(self._store.add(_CLAIMED, 1)) - 1
+        """The next chunk that nobody has; on the first rank of a replica. -1 where all is stopped."""
+        chunk = int(self._store.add(_CLAIMED, 1)) - 1
+        return chunk if chunk < _MANY else -1
 
     def tell(self, chunk: int) -> None:
         """Tell the others of this replica what to compute; -1 for nothing more."""
@@ -79,13 +81,16 @@ class Claims:
     def _await_room(self, chunk: int) -> bool:
         """Wait until a chunk is no more than the window ahead; False where all is stopped."""
         pause = _PAUSE
-        while not self._store.check([_STOPPED]):
-            if chunk < self._taken() + self.window:
-                return True
+        while chunk >= self._room:
+            if self._store.check([_STOPPED]):
+                return False
+            self._room = self._taken() + self.window
+            if chunk < self._room:
+                break
             # Looking takes processor time that others may need while the caller takes its time.
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST)
-        return False
+        return True
 
 
 def taken(store: dist.Store, more: int = 0) -> int:
@@ -96,7 +101,7 @@ def taken(store: dist.Store, more: int = 0) -> int:
 def stop(store: dist.Store) -> int:
     """Let nobody compute what is not claimed yet. Returns how many chunks are."""
     store.set(_STOPPED, "")
-    return int(store.add(_CLAIMED, 0))
+    return int(store.add(_CLAIMED, _MANY)) - _MANY
 
 
 def in_order(numbered: Iterable[tuple[int, _T]]) -> Iterator[_T]:

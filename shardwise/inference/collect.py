@@ -1,7 +1,7 @@
 """Collect: outputs on their way to rank 0 of a launch, whose machines may share no memory. Only tensors are sent.
 
 Rank 0 computes as the others do while its caller waits, and receives what they have in the order of the chunks. What is
-said of a chunk that is on its way (who has it, shapes, dtypes) is in the launch's store.
+said of a chunk that is on its way (who has it, shapes, dtypes) is in the launch's store, with tensors that are small.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shardwise.inference.claims import FOREVER, Claims, await_others, leave, sto
 from shardwise.inference.work import Work
 
 _TENSORS = 1 << 12  # more than an output has
+_SMALL = 1 << 14  # bytes of an output up to which a message of its own takes longer than what is said of it
 _CHUNKS = 1 << 18  # more than are on their way at once; their numbers go round
 
 
@@ -59,8 +60,14 @@ def send_all(work: Work, claims: Claims, store: dist.Store, place: Place) -> Non
 
 def _send(chunk: int, tensors: list[Tensor], store: dist.Store, place: Place) -> list[tuple[Any, Tensor]]:
     said = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in tensors]
-    store.set(f"note/{chunk}", json.dumps([place.rank, said]))
     raw = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors]
+    note = json.dumps([place.rank, said]).encode()
+    if sum(t.numel() for t in raw) <= _SMALL:
+        # A line break ends what is said where tensors follow.
+        note += b"\n" + b"".join(t.cpu().numpy().tobytes() for t in raw)
+        store.set(f"note/{chunk}", note)  # type: ignore[arg-type]  # bytes too
+        return []
+    store.set(f"note/{chunk}", note)  # type: ignore[arg-type]
     return [(dist.isend(t, 0, tag=_tag(chunk, n)), t) for n, t in enumerate(raw) if t.numel()]
 
 
@@ -122,7 +129,7 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
 
 def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor] | None:
     """The tensors of a chunk, on the CPU; None of one that nobody computes."""
-    note = store.get(f"note/{chunk}").decode()
+    note, _, following = store.get(f"note/{chunk}").partition(b"\n")
     store.delete_key(f"note/{chunk}")
     if not note:
         return None
@@ -131,8 +138,11 @@ def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor] | None
     for n, (shape, name) in enumerate(said):
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
-        raw = torch.empty(torch.Size(shape).numel() * dtype.itemsize, dtype=torch.uint8, device=place.device)
-        if raw.numel():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        raw = torch.empty(size, dtype=torch.uint8, device=place.device)
+        if size and following:
+            raw, following = torch.frombuffer(bytearray(following[:size]), dtype=torch.uint8), following[size:]
+        elif size:
             dist.recv(raw, source, tag=_tag(chunk, n))
         found.append(raw.view(dtype).view(shape).cpu())
     return found

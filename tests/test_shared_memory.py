@@ -234,3 +234,28 @@ def test_gloo_does_the_work_where_memory_may_not_be_shared(monkeypatch: pytest.M
     monkeypatch.setenv("SHARDWISE_SHARED_MEMORY", "0")
     with Ranks(2, backend=Backend.cpu()) as ranks:
         assert ranks.run(_shares, timeout=60) == [(False, [2.0] * 5)] * 2
+
+
+def _shares_unless_one_does_not() -> tuple[bool, list[float]]:
+    with joined() as place:
+        if place.rank == 1:
+            os.environ["SHARDWISE_SHARED_MEMORY"] = "0"
+        try:
+            return _shares()
+        finally:
+            os.environ.pop("SHARDWISE_SHARED_MEMORY", None)
+
+
+def test_ranks_that_cannot_all_share_agree_on_gloo(pool: Pool) -> None:
+    assert pool(2).run(_shares_unless_one_does_not, timeout=60) == [(False, [2.0] * 5)] * 2
+
+
+def _mapped() -> int:
+    with open("/proc/self/maps") as lines:
+        return sum("memfd:shardwise " in line for line in lines)
+
+
+def test_memory_goes_with_its_group(pool: Pool) -> None:
+    ranks = pool(2)
+    assert ranks.run(_shares, timeout=60) == [(True, [2.0] * 5)] * 2
+    assert ranks.run(_mapped, timeout=60) == [0, 0]

@@ -95,6 +95,7 @@ class SampleProgress:
         self._out = out or sys.stdout
         self._terminal = self._out.isatty()
         self._began = self._shown = time.monotonic()
+        self._shown_done = -1
 
     def __call__(self, samples: int) -> None:
         """Counts samples that are done."""
@@ -105,11 +106,12 @@ class SampleProgress:
             self._show("")
 
     def end(self) -> None:
-        """Shows the last state."""
-        self._show("\n")
+        """Shows the last state, where it is not there already."""
+        if self._terminal or self._shown_done != self._done:
+            self._show("\n")
 
     def _show(self, end: str) -> None:
-        self._shown = time.monotonic()
+        self._shown, self._shown_done = time.monotonic(), self._done
         if not self._enabled:
             return
         seconds = self._shown - self._began

@@ -162,7 +162,7 @@ def _given(
 def _first_line(job: Job, plan: Plan, prompts: Sequence[Tensor], tokens: int, sampling: Sampling) -> str:
     lengths = [len(prompt) for prompt in prompts]
     least, most = min(lengths, default=0), max(lengths, default=0)
-    of = f" of {least} to {most} tokens" if most > least else f" of {_counted(most, 'token')}"
+    of = f" of {least} to {most} tokens" if most > least else f" of {_counted(most, 'token')}" if lengths else ""
     ranks = f"{plan.ranks} ranks ({plan.title()})" if plan.ranks > 1 else "one rank"
     how = "the likeliest"
     if sampling.temperature is not None:

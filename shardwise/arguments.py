@@ -33,6 +33,33 @@ def gigabytes(text: str) -> float:
     return found * 1e9
 
 
+def temperature(text: str) -> float:
+    """A number above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, but is {text!r}; without it nothing is drawn")
+    return found
+
+
+def share(text: str) -> float:
+    """A number above 0 and at most 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, but is {text!r}")
+    return found
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers of at least 0 with commas between them."""
+    return tuple(whole(number.strip()) for number in text.split(","))
+
+
 def axis(text: str) -> tuple[str, int]:
     """AXIS=N, as the axis's name and its size."""
     name, equals, number = text.partition("=")

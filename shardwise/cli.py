@@ -7,16 +7,24 @@ import contextlib
 import json
 import os
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive, whole
-from shardwise.errors import JobError, PlanError, ProofError, ShardwiseError, UserError
+from shardwise.arguments import STRATEGIES, axis, gigabytes, names, positive
+from shardwise.errors import JobError, LaunchError, PlanError, ProofError, ShardwiseError, UserError
 from shardwise.graph.garbage import uncollected
+from shardwise.inference.command import (
+    add_generate_options,
+    add_plan_options,
+    add_precision_option,
+    add_predict_options,
+    generate,
+    predict,
+)
 from shardwise.report.environment import installed
 from shardwise.serving.command import add_options as add_serve_options
 
@@ -106,21 +114,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--logs", type=Path, metavar="DIR", help="folder of the ranks' logs (kept only on failure)")
 
     predict = command("predict", _predict, "compute the outputs of a job's model for the samples of a file")
-    samples = predict.add_mutually_exclusive_group()
-    text = "samples: .npy, .npz, .safetensors, .jsonl or .parquet (the job's own)"
-    samples.add_argument("--input", type=Path, metavar="FILE", help=text)
-    samples.add_argument("--data", metavar="SPEC", help="samples: a function that returns a Dataset")
-    text = "where the outputs go, of one of these types; a run that was killed goes on with it"
-    predict.add_argument("--output", type=Path, metavar="FILE", required=True, help=text)
     _ranks_option(predict)
-    _inference_options(predict)
-    predict.add_argument("--batch", type=positive, metavar="N", help="samples at a time, instead of the job's own")
-    text = "batches that are computed in fp32 too, to say how far another precision is from it (1)"
-    predict.add_argument("--compare", type=whole, default=1, metavar="N", help=text)
+    add_predict_options(predict)
+
+    generate = command("generate", _generate, "write the tokens that a job's model puts behind the prompts of a file")
+    _ranks_option(generate)
+    add_generate_options(generate)
 
     serve = command("serve", _serve, "answer requests for a job's outputs over HTTP")
     _ranks_option(serve)
-    _inference_options(serve)
+    add_plan_options(serve)
+    add_precision_option(serve)
     add_serve_options(serve)
 
     plan = command("plan", _plan, "choose how to split a job, and say why")
@@ -156,15 +160,6 @@ def _ranks_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=positive, metavar="N", help="ranks (one for each accelerator, else core)")
 
 
-def _inference_options(parser: argparse.ArgumentParser) -> None:
-    split = parser.add_mutually_exclusive_group()
-    split.add_argument("--plan", type=Path, metavar="FILE", help="the plan; without it a replica on each rank")
-    text = "have one chosen for throughput, latency or memory"
-    split.add_argument("--objective", choices=("throughput", "latency", "memory"), help=text)
-    text = "how weights are held: fp32, bf16 or int8 (as the model has them)"
-    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), help=text)
-
-
 def _batch_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, metavar="N", help="samples of an update, instead of the job's own")
 
@@ -187,8 +182,8 @@ def _train(arguments: argparse.Namespace) -> Answer:
     from shardwise.engine.train import train
     from shardwise.report.terminal import report
 
-    job = _job(arguments)
-    first = not launched() or os.environ["RANK"] == "0"
+    _check_ranks(arguments)
+    job, first = _job(arguments), _first()
     if arguments.plan is not None:
         chosen = _Choice(_read_plan(arguments.plan))
     else:
@@ -211,24 +206,14 @@ def _train(arguments: argparse.Namespace) -> Answer:
 
 
 def _predict(arguments: argparse.Namespace) -> Answer:
-    from shardwise.files.inputs import open_inputs
-    from shardwise.inference.predict_files import code_of, identity_of, predict_file
-    from shardwise.job import load_data
+    _check_ranks(arguments)
+    return predict(arguments, _job(arguments), partial(_inference_plan, arguments)), 0
 
-    job = _job(arguments)
-    run: dict[str, Any] = {"code": code_of(arguments.spec)}
-    data = job.data
-    if arguments.input is not None:
-        data = open_inputs(arguments.input, job)
-        run["input"] = identity_of(arguments.input)
-    elif arguments.data is not None:
-        data = load_data(arguments.data)
-        run["input"] = code_of(arguments.data)
-    plan = _inference_plan(arguments, job.with_(data=data))
-    given = {name: getattr(arguments, name) for name in ("ranks", "spec", "precision", "compare")}
-    found = predict_file(job, data, arguments.output, run=run, plan=plan, **given)
-    print(found.text())
-    return found.to_dict(), 0
+
+def _generate(arguments: argparse.Namespace) -> Answer:
+    _check_ranks(arguments)
+    # A step has one position of each sample, which no axis can split.
+    return generate(arguments, _job(arguments), partial(_inference_plan, arguments, fixed={"context": 1})), 0
 
 
 def _serve(arguments: argparse.Namespace) -> Answer:
@@ -242,6 +227,7 @@ def _serve(arguments: argparse.Namespace) -> Answer:
 def _plan(arguments: argparse.Namespace) -> Answer:
     from shardwise.report.planned import to_dict, why
     from shardwise.report.planned_html import page
+    from shardwise.report.terminal import search_progress
     from shardwise.search.space import Options
 
     job = _job(arguments)
@@ -249,7 +235,7 @@ def _plan(arguments: argparse.Namespace) -> Answer:
         raise UserError("--cluster says how many ranks there are, so that --ranks cannot; leave out one of them")
     _check_data(job)
     options = Options(arguments.objective, arguments.memory, dict(arguments.fix), purpose=arguments.purpose)
-    with _progress() as tell:
+    with search_progress() as tell:
         plan, explanation = why(job, arguments.cluster or _ranks(arguments), options, tell)
     print(f"{plan.text()}\n{plan.explain()}")
     written = {arguments.out: plan.text(), arguments.html: page(explanation) if explanation is not None else None}
@@ -261,32 +247,6 @@ def _plan(arguments: argparse.Namespace) -> Answer:
             print(f"\n{path} is not written: a model that does not capture has no price to show")
     told = to_dict(explanation) if explanation is not None else None
     return {"plan": json.loads(plan.to_json()), "text": plan.text(), "why": plan.explain(), "explanation": told}, 0
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """What a search is told to call: one line on a terminal, wiped out at the end; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from shardwise.report.terminal import duration
-
-    told, began = 0.0, time.monotonic()
-
-    def tell(found: Any, left: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told < 0.1:
-            return
-        told = now
-        best = f", best {duration(found.best.estimate.step)} a step; Ctrl-C takes it" if found.best is not None else ""
-        seen = f"{found.shapes - left:,} of {found.shapes:,} shapes looked at in {now - began:.0f} s"
-        print(f"\r\033[K{seen}{best}", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield tell
-    finally:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _verify(arguments: argparse.Namespace) -> Answer:
@@ -360,6 +320,24 @@ def _ranks(arguments: argparse.Namespace) -> int:
     return torch.cuda.device_count() if Backend.detect().device_type == "cuda" else cores()
 
 
+def _check_ranks(arguments: argparse.Namespace) -> None:
+    """Check that no other number of ranks is asked for than a launch has that started this process."""
+    from shardwise.engine.launch import launched
+
+    if launched() and arguments.ranks not in (None, _ranks(arguments)):
+        raise LaunchError(
+            f"--ranks {arguments.ranks} is asked for, but this is one of {_ranks(arguments)} ranks that torchrun "
+            f"started; leave --ranks out, or start {arguments.ranks} (torchrun --nproc-per-node {arguments.ranks})"
+        )
+
+
+def _first() -> bool:
+    """Whether this process is the one that prints: it starts the ranks, or is the first one of a launch."""
+    from shardwise.engine.launch import launched
+
+    return not launched() or os.environ["RANK"] == "0"
+
+
 def _choose(job: Job, ranks: int) -> _Choice:
     from shardwise.search.choose import choose
 
@@ -373,7 +351,7 @@ def _check_data(job: Job) -> None:
         raise JobError("the dataset is empty; give it at least global_batch samples")
 
 
-def _inference_plan(arguments: argparse.Namespace, job: Job) -> Plan | None:
+def _inference_plan(arguments: argparse.Namespace, job: Job, fixed: Mapping[str, int] | None = None) -> Plan | None:
     """The plan that was given, or is chosen and printed; None for a replica on each rank."""
     from shardwise.report.planned import why
     from shardwise.search.space import Options
@@ -382,8 +360,10 @@ def _inference_plan(arguments: argparse.Namespace, job: Job) -> Plan | None:
         return _read_plan(arguments.plan)
     if arguments.objective is None:
         return None
-    plan: Plan = why(job, _ranks(arguments), Options(arguments.objective, purpose="predict"))[0]
-    print(f"{plan.text()}\n{plan.explain()}\n", flush=True)
+    options = Options(arguments.objective, fixed=fixed or {}, purpose="predict")
+    plan: Plan = why(job, _ranks(arguments), options)[0]
+    if _first():
+        print(f"{plan.text()}\n{plan.explain()}\n", flush=True)
     return plan
 
 

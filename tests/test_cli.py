@@ -195,7 +195,7 @@ def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_command() -> None:
     told = subprocess.run([sys.executable, "-m", "shardwise.cli", "--help"], capture_output=True, text=True, timeout=60)
     assert told.returncode == 0
-    assert all(name in told.stdout for name in ("demo", "train", "plan", "verify", "machine", "env"))
+    assert all(name in told.stdout for name in ("demo", "train", "predict", "generate", "plan", "verify", "env"))
 
 
 @pytest.mark.slow

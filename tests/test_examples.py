@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shardwise.graph.graph import Graph
 from shardwise.graph.rules import table
@@ -66,6 +67,25 @@ def test_the_language_model_is_planned_and_trained_on_a_text_of_ones_own(tmp_pat
     assert found["ranks"] == 2
     assert len(found["losses"]) == 8
     assert found["losses"][-1] < found["losses"][0] - 0.5
+
+
+@pytest.mark.prove
+def test_the_writer_writes_what_the_language_model_says(tmp_path: Path) -> None:
+    weights, plan = tmp_path / "weights.safetensors", tmp_path / "plan.txt"
+    shardwise("train", "examples/byte_lm.py:job", "--ranks", "2", "--steps", "20", "--save", str(weights))
+    prompts = [list(b"Beautiful is "), list(b"Now")]
+    (tmp_path / "in.jsonl").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    plan.write_text("shardwise plan 1\naxis tensor 2 heads* width*\n")
+    given = ["--input", str(tmp_path / "in.jsonl"), "--tokens", "16", "--plan", str(plan)]
+    found = shardwise("generate", "examples/writer.py:job", *given, WEIGHTS=str(weights))
+
+    model = load_spec(f"{ROOT}/examples/byte_lm.py:job").with_(weights=weights).build().eval()
+    for prompt, row in zip(prompts, found["rows"], strict=True):
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(16):
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert row == ids[len(prompt) :]
 
 
 @pytest.mark.prove

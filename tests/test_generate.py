@@ -322,6 +322,23 @@ def test_what_does_not_fit_the_model_is_one_message(plan: Plan, longest: int, la
         built(generating.buffered(), plan, longest, largest)
 
 
+@pytest.mark.parametrize(
+    ("longest", "largest", "message"),
+    [
+        (102, 3, f"its new tokens are 102 positions, but Buffered has {LONGEST}; give shorter"),
+        (
+            16,
+            5 * VOCAB,
+            f"token {5 * VOCAB} is in a prompt, but Buffered has a vocabulary of {VOCAB}; give tokens from 0",
+        ),
+    ],
+)
+def test_a_model_that_runs_as_it_is_says_the_same(longest: int, largest: int, message: str) -> None:
+    built(generating.buffered(), Plan(), LONGEST, VOCAB - 1)
+    with pytest.raises(JobError, match=message):
+        built(generating.buffered(), Plan(), longest, largest)
+
+
 def test_a_model_that_runs_as_it_is_says_what_it_does_not_take() -> None:
     steps = built(generating.buffered(), Plan())
     steps.begin(1)

@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,10 @@ from torch.utils.data import IterableDataset, TensorDataset
 import shardwise as sw
 from shardwise.cli import main
 from shardwise.errors import FileError, RunError
+from shardwise.files.outputs import Outputs
 from shardwise.inference.predict_files import predict_file
+from tests.pool import Pool
+from tests.test_generate_command import typed
 
 SPEC = """
     import os, time, torch
@@ -169,11 +173,45 @@ def test_bad_commands(
     assert not list(folder.glob("out*"))
 
 
-def test_predict_is_not_for_torchrun(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["predict", "train"])
+def test_a_launch_has_the_ranks_that_it_has(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(folder)
-    assert main(["predict", "spec.py:job", "--input", "in.npz", "--output", "out.npz"]) == 2
-    assert "run it without torchrun" in capsys.readouterr().err
+    output = ["--output", "out.npz"] if command == "predict" else []
+    assert main([command, "spec.py:job", *output, "--ranks", "3"]) == 2
+    assert "--ranks 3 is asked for, but this is one of 2 ranks that torchrun started" in capsys.readouterr().err
+
+
+def stopped(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """The command on a rank of a launch, whose process is stopped when three chunks are on the disk."""
+    add = Outputs.add
+
+    def three(self: Outputs, output: Any) -> int:
+        if self.done == 12:
+            raise KeyboardInterrupt
+        found = add(self, output)
+        self.flush()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Outputs, "add", three)
+        return typed(folder, *arguments)
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_launch_write_one_file_and_go_on_with_it(pool: Pool, folder: Path) -> None:
+    command = ["predict", "spec.py:job", "--data", "spec.py:data", "--batch", "4", "--output", "out.npz"]
+    (status, _, err), other = pool(2).run(stopped, folder, *command, timeout=100)
+    assert status == 130 and "interrupted" in err and other[0] == 0
+    assert not (folder / "out.npz").exists()
+    (status, out, err), other = pool(2).run(typed, folder, *command, "--ranks", "2", "--precision", "bf16", timeout=100)
+    assert status == 2 and "the outputs of another run, which differs in held" in err
+    assert other[0] == 2 and "rank 0 does not write out.npz; its own message says why" in other[2]
+    (status, out, err), other = pool(2).run(typed, folder, *command, timeout=100)
+    assert status == 0 and "50 samples (12 of them by an earlier run) in" in out, err
+    assert other == (0, "", "")
+    assert np.load(folder / "out.npz")["sum"].tolist() == [3.0 * i for i in range(50)]
+    assert not list(folder.glob("*.parts"))

@@ -75,18 +75,27 @@ class SampleProgress:
     Args:
         samples: in all, or None where that is not known.
         before: of them that were done by an earlier run.
+        unit: what they are called.
     """
 
     def __init__(
-        self, samples: int | None, before: int = 0, *, enabled: bool = True, out: TextIO | None = None
+        self,
+        samples: int | None,
+        before: int = 0,
+        *,
+        enabled: bool = True,
+        out: TextIO | None = None,
+        unit: str = "samples",
     ) -> None:
         self._samples, self._done = samples, before
         self._first: int | None = None
         """Samples done when the clock was started: starting the ranks is no part of the rate."""
         self._enabled = enabled
+        self._unit = unit
         self._out = out or sys.stdout
         self._terminal = self._out.isatty()
         self._began = self._shown = time.monotonic()
+        self._shown_done = -1
 
     def __call__(self, samples: int) -> None:
         """Counts samples that are done."""
@@ -97,30 +106,32 @@ class SampleProgress:
             self._show("")
 
     def end(self) -> None:
-        """Shows the last state."""
-        self._show("\n")
+        """Shows the last state, where it is not there already."""
+        if self._terminal or self._shown_done != self._done:
+            self._show("\n")
 
     def _show(self, end: str) -> None:
-        self._shown = time.monotonic()
+        self._shown, self._shown_done = time.monotonic(), self._done
         if not self._enabled:
             return
-        line = samples_line(self._done, self._samples, self._first or self._done, self._shown - self._began)
+        seconds = self._shown - self._began
+        line = samples_line(self._done, self._samples, self._first or self._done, seconds, self._unit)
         with contextlib.suppress(BrokenPipeError):
             self._out.write(f"\r{line}\x1b[K{end}" if self._terminal else f"{line}\n")
             self._out.flush()
 
 
-def samples_line(done: int, samples: int | None, first: int, seconds: float) -> str:
+def samples_line(done: int, samples: int | None, first: int, seconds: float, unit: str = "samples") -> str:
     """Samples done, rate, time left, e.g. `12,800/50,000 samples  5,120 samples/s  7 s left`.
 
     The rate is of the samples behind the `first` that were done, in the seconds since then.
     """
     of = f"/{samples:,}" if samples is not None else ""
     if done == first or seconds <= 0:
-        return f"{done:,}{of} samples"
+        return f"{done:,}{of} {unit}"
     rate = (done - first) / seconds
     left = f"  {(samples - done) / rate:,.0f} s left" if samples is not None else ""
-    return f"{done:,}{of} samples  {rate:,.{0 if rate >= 100 else 1}f} samples/s{left}"
+    return f"{done:,}{of} {unit}  {rate:,.{0 if rate >= 100 else 1}f} {unit}/s{left}"
 
 
 def progress_line(run: Run, steps: int, memory: int) -> str:

@@ -34,18 +34,26 @@ def open_inputs(path: Path, job: Job) -> Dataset[Any]:
         FileError: the file cannot be read, is of an unknown type, or lacks a field; or its first sample has another
             shape. A later sample that does not fit raises it when it is read.
     """
+    return _Fitted(path, open_rows(path), Fields.of(job))
+
+
+def open_rows(path: Path) -> Rows:
+    """The samples of a file as it has them.
+
+    Raises:
+        FileError: the file cannot be read, or is of an unknown type.
+    """
     reader = READERS.get(path.suffix)
     if reader is None:
         raise FileError(f"{path} has the unknown type {path.suffix!r}; give a file of {', '.join(READERS)}")
     with _told(path):
-        rows = reader(path.resolve())
-    return _Fitted(path, rows, Fields.of(job))
+        return reader(path.resolve())
 
 
 class _Fitted(Dataset[Any]):
     """The samples of a file, each checked and turned into the job's dtypes and structure."""
 
-    def __init__(self, path: Path, rows: _Rows, fields: Fields) -> None:
+    def __init__(self, path: Path, rows: Rows, fields: Fields) -> None:
         self._path, self._rows, self._fields = path, rows, fields
         self._names: list[str] | None = None
         if len(rows):
@@ -83,7 +91,7 @@ class _Fitted(Dataset[Any]):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-class _Rows:
+class Rows:
     """The samples of an open file: a tensor each, or a dict of tensors or of numbers and lists.
 
     It travels to another process as its path, and is opened there again.
@@ -115,7 +123,7 @@ class _Rows:
             self._open()
 
 
-class _Npy(_Rows):
+class _Npy(Rows):
     """One array, mapped into memory."""
 
     def _open(self) -> None:
@@ -129,7 +137,7 @@ class _Npy(_Rows):
         return as_tensor(self._array[index])
 
 
-class _Npz(_Rows):
+class _Npz(Rows):
     """Named arrays, read whole."""
 
     def _open(self) -> None:
@@ -162,7 +170,7 @@ def _check_lengths(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         )
 
 
-class _Safetensors(_Rows):
+class _Safetensors(Rows):
     """Named tensors, of which a slice is read for each sample."""
 
     def _open(self) -> None:
@@ -178,7 +186,7 @@ class _Safetensors(_Rows):
         return {name: part[index : index + 1][0] for name, part in self._slices.items()}
 
 
-class _JsonLines(_Rows):
+class _JsonLines(Rows):
     """A number, a list or an object of them on each line; where lines begin is kept, not what they hold."""
 
     def _open(self) -> None:
@@ -210,7 +218,7 @@ def _lines_of(file: IO[bytes]) -> Iterator[tuple[int, int, bytes]]:
         at += len(line)
 
 
-class _Parquet(_Rows):
+class _Parquet(Rows):
     """Columns of numbers or lists; one group of rows is kept at a time."""
 
     def _open(self) -> None:
@@ -245,7 +253,7 @@ def pyarrow_parquet(path: Path) -> Any:
     return pyarrow.parquet
 
 
-READERS: Mapping[str, Callable[[Path], _Rows]] = {
+READERS: Mapping[str, Callable[[Path], Rows]] = {
     ".npy": _Npy,
     ".npz": _Npz,
     ".safetensors": _Safetensors,

@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from shardwise.errors import FileError
-from shardwise.files.formats import FORMATS, Head, Part
+from shardwise.files.formats import FORMATS, Format, Head, Part
 from shardwise.weights.format import NAMES
 
 ONE = "output"
@@ -61,15 +61,16 @@ class Outputs:
     Args:
         path: of the file; its ending says of which type.
         run: names and numbers of what is computed; a run that was killed is gone on with only if they are the same.
+        format: of the file; None means the one of its ending.
 
     Raises:
         FileError: the type is unknown, the path cannot be written, or has the parts of another run.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        if path.suffix not in FORMATS:
+    def __init__(self, path: Path, run: Mapping[str, Any], format: Format | None = None) -> None:
+        if format is None and path.suffix not in FORMATS:
             raise FileError(f"{path} has the unknown type {path.suffix!r}; name a file of {', '.join(FORMATS)}")
-        self._path, self._format = path, FORMATS[path.suffix](path)
+        self._path, self._format = path, format or FORMATS[path.suffix](path)
         self._folder = path.with_name(f"{path.name}.parts")
         self._run = json.loads(json.dumps(dict(run)))
         self._lines: list[_Line] = []

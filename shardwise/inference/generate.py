@@ -21,14 +21,12 @@ from shardwise.inference.collect import agreed_number
 from shardwise.inference.completion import Wanted, complete
 from shardwise.inference.limits import Demand
 from shardwise.inference.prediction import Replica
+from shardwise.inference.prompts import Prompts, checked
 from shardwise.inference.sampling import Sampling
 from shardwise.inference.steps import Steps, build_steps
 from shardwise.job import Job
 from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import Plan
-
-Prompts = Iterable[Tensor | Sequence[int]]
-"""Each of at least one token, which are whole numbers; they may be of unlike lengths."""
 
 
 def generate(
@@ -44,6 +42,7 @@ def generate(
     seed: int | None = None,
     end: int | Iterable[int] | None = None,
     piece: int = 32,
+    first: int = 0,
     dtype: torch.dtype | None = None,
     spec: str | None = None,
     log_dir: Path | None = None,
@@ -75,6 +74,7 @@ def generate(
         seed: of the draws, which depend on it, the prompt's number and the position alone; None means the job's.
         end: a token, or several, behind which nothing follows; it is the last that is given.
         piece: positions of a prompt that go in at once; what is left over goes by single ones.
+        first: number of the first prompt, for a run that goes on behind others.
         dtype: runs everything in this dtype (float64 for proofs); None leaves the model's own.
         spec: where given, each rank loads the job from this SPEC instead of receiving it from this process.
         log_dir: gets a log per rank; None means a temporary directory that is kept only on failure.
@@ -87,32 +87,17 @@ def generate(
         UserError: a prompt, a number or the plan does not fit, or the model has no cache.
         RunError: a rank failed.
     """
-    given = _checked(prompts)
+    given = checked(prompts)
     for name, number in (("tokens", tokens), ("piece", piece)):
         if not isinstance(number, int) or number < 1:
             raise JobError(f"{name} must be a whole number of at least 1, but is {number!r}")
     ends = () if end is None else (end,) if isinstance(end, int) else tuple(end)
     sampling = Sampling(temperature, top_k, top_p, job.seed if seed is None else seed)
-    task = _Task(Sent.of(job, spec), tuple(given), plan, Wanted(tokens, sampling, ends), piece, dtype)
+    task = _Task(Sent.of(job, spec), tuple(given), plan, Wanted(tokens, sampling, ends), piece, first, dtype)
     if launched() or dist.is_initialized():
         return _generate_joined(job, task, threads)
     plan = fitting(plan, ranks, job)
     return _generate_locally(replace(task, plan=plan), plan.ranks, threads, log_dir) if given else _nothing()
-
-
-def _checked(prompts: Prompts) -> list[Tensor]:
-    found = []
-    for number, prompt in enumerate(prompts):
-        tensor = torch.as_tensor(prompt)
-        if tensor.ndim != 1 or not len(tensor):
-            shape = "is empty" if not tensor.numel() else f"has the shape {list(tensor.shape)}"
-            raise JobError(f"prompt {number} {shape}; give tokens in one dim, at least one")
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise JobError(f"prompt {number} is of {tensor.dtype}; tokens are whole numbers")
-        if int(tensor.min()) < 0:
-            raise JobError(f"prompt {number} has token {int(tensor.min())}; tokens are 0 or more")
-        found.append(tensor.to("cpu", torch.int64))
-    return found
 
 
 def _nothing() -> Generator[Tensor, None, None]:
@@ -143,6 +128,7 @@ class _Task:
     plan: Plan | None
     wanted: Wanted
     piece: int
+    first: int
     dtype: torch.dtype | None
 
 
@@ -214,7 +200,8 @@ class _Work:
         while 0 <= (number := claims.next()) < len(self.groups):
             group = self.groups[number]
             prompts = [self.task.prompts[i] for i in group]
-            yield number, [t.tolist() for t in complete(self.steps, prompts, group, self.task.wanted)]
+            samples = [self.task.first + i for i in group]
+            yield number, [t.tolist() for t in complete(self.steps, prompts, samples, self.task.wanted)]
 
 
 # --- a launch's ranks -------------------------------------------------------------------------------------------------

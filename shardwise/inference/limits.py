@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,16 +44,43 @@ def check_fits(captured: Captured, model: str, demand: Demand) -> None:
     """
     size = _outgrown(captured, 0, demand.longest - 1)
     if size is not None:
-        raise JobError(
-            f"the longest prompt and its new tokens are {demand.longest} positions, but {model} has {size}; "
-            "give shorter prompts or fewer tokens"
-        )
+        raise _too_long(demand, model, size)
     size = _outgrown(captured, demand.largest, 0)
     if size is not None:
-        raise JobError(
-            f"token {demand.largest} is in a prompt, but {model} has a vocabulary of {size}; "
-            f"give tokens from 0 to {size - 1}"
-        )
+        raise _unknown(demand, model, size)
+
+
+def check_takes(takes: Callable[[int, int], bool], model: str, demand: Demand) -> None:
+    """Check the same of a model that is not captured, by trying it.
+
+    Args:
+        takes: whether the model takes a token at a position; where it does not, it takes none that is larger.
+
+    Raises:
+        JobError: as `check_fits`.
+    """
+    if takes(demand.largest, demand.longest - 1) or not takes(0, 0):
+        return  # all is well, or something else is wrong, which the first step says
+    if not takes(0, demand.longest - 1):
+        size = bisect_left(range(demand.longest), True, key=lambda position: not takes(0, position))
+        raise _too_long(demand, model, size)
+    if not takes(demand.largest, 0):
+        size = bisect_left(range(demand.largest), True, key=lambda token: not takes(token, 0))
+        raise _unknown(demand, model, size)
+
+
+def _too_long(demand: Demand, model: str, size: int) -> JobError:
+    return JobError(
+        f"the longest prompt and its new tokens are {demand.longest} positions, but {model} has {size}; "
+        "give shorter prompts or fewer tokens"
+    )
+
+
+def _unknown(demand: Demand, model: str, size: int) -> JobError:
+    return JobError(
+        f"token {demand.largest} is in a prompt, but {model} has a vocabulary of {size}; "
+        f"give tokens from 0 to {size - 1}"
+    )
 
 
 def _outgrown(captured: Captured, token: int, position: int) -> int | None:

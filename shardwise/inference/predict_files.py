@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -13,16 +12,15 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset, Subset
 
-from shardwise.engine.launch import launched
 from shardwise.engine.progress import SampleProgress
-from shardwise.errors import LaunchError, RunError
-from shardwise.files.outputs import Outputs
+from shardwise.errors import RunError
 from shardwise.inference.accuracy import Accuracy, difference, first
+from shardwise.inference.identity import settings_of
 from shardwise.inference.precision import Precision, check_precision
 from shardwise.inference.predict import predict
+from shardwise.inference.writing import writing
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
-from shardwise.weights.find import find_files
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,10 @@ def predict_file(
     precision: Precision | None = None,
     compare: int = 1,
     progress: bool = True,
-) -> Predicted:
+) -> Predicted | None:
     """Writes the outputs of all samples to a file, whose ending says of which type.
+
+    Under torchrun every rank has to call it; rank 0 writes the file, and the others get None.
 
     Args:
         run: what makes this run another than others, beside the job's settings; an unfinished run is gone on with only
@@ -94,21 +94,15 @@ def predict_file(
 
     Raises:
         FileError: a sample does not fit the job, or the outputs cannot be written.
-        LaunchError: under torchrun.
         UserError, RunError: as `predict`.
     """
-    if launched():
-        raise LaunchError("shardwise predict starts its ranks by itself; run it without torchrun, with --ranks N")
-    settings: dict[str, Any] = {key: getattr(job, key) for key in ("precision", "seed")}
-    if job.weights is not None:
-        settings["weights"] = [identity_of(file) for file in find_files(Path(job.weights))[0]]
+    settings = settings_of(job)
     if precision is not None:
         check_precision(precision)
         settings["held"] = precision
     began = time.perf_counter()
-    with Outputs(output, run={"job": job.title(), **settings, **run}) as outputs:
-        before = outputs.done
-        rest = _rest(data, before)
+    with writing(output, {**settings, **run}) as to:
+        rest = _rest(data, to.before)
         given = None if rest is job.data else rest  # which the ranks read by themselves
         true: list[Any] = []
         compared: list[Any] = []
@@ -120,18 +114,21 @@ def predict_file(
             except RunError as error:  # the memory may not do for it
                 why = f"not compared with fp32, in which it does not run: {error}"
             began = time.perf_counter()
-        line = SampleProgress(_length(data), before, enabled=progress)
+        line = SampleProgress(_length(data), to.before, enabled=progress and to.gets)
         with closing(predict(job, given, plan, precision=precision, ranks=ranks, spec=spec)) as found:
             for output_of_chunk in found:
+                assert to.outputs is not None
                 if len(compared) < len(true):
                     compared.append(output_of_chunk)
-                line(outputs.add(output_of_chunk))
+                line(to.outputs.add(output_of_chunk))
         line.end()
-        samples = outputs.finish()
+        if to.outputs is None:
+            return None
+        samples = to.outputs.finish()
     seconds = time.perf_counter() - began
-    ranks = plan.ranks if plan is not None else ranks
+    ranks = to.place.world if to.place is not None else plan.ranks if plan is not None else ranks
     far = difference(compared, true, str(precision), "fp32") if compared else why
-    return Predicted(str(output), samples, before, seconds, output.stat().st_size, ranks, precision, far)
+    return Predicted(str(output), samples, to.before, seconds, output.stat().st_size, ranks, precision, far)
 
 
 def _length(data: Dataset[Any]) -> int | None:
@@ -154,23 +151,3 @@ def _rest(data: Dataset[Any], first: int) -> Dataset[Any]:
     if isinstance(data, IterableDataset):
         return _Later(data, first)
     return Subset(data, range(first, len(data)))  # type: ignore[arg-type]
-
-
-_ENDS = 1 << 20
-
-
-def identity_of(file: Path) -> list[Any]:
-    """What tells a file from another: its size, when it was changed, and a hash of its first and last megabyte."""
-    found = hashlib.sha256()
-    with file.open("rb") as content:
-        size = content.seek(0, 2)
-        for at in (0, max(0, size - _ENDS)):
-            content.seek(at)
-            found.update(content.read(_ENDS))
-    return [size, file.stat().st_mtime_ns, found.hexdigest()]
-
-
-def code_of(spec: str) -> str:
-    """What tells a SPEC from another: the hash of its file and its function, or its name."""
-    target, _, name = spec.rpartition(":")
-    return f"{hashlib.sha256(Path(target).read_bytes()).hexdigest()}:{name}" if target.endswith(".py") else spec

@@ -36,7 +36,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature is None and (self.top_k is not None or self.top_p is not None):
-            raise JobError("top_k and top_p say what to draw from, but nothing is drawn without a temperature")
+            raise JobError(
+                "top_k and top_p say what to draw from, but nothing is drawn without a temperature; "
+                "give one (1.0 is the model's own), or leave them out"
+            )
         if self.temperature is not None and not self.temperature > 0:
             raise JobError(f"temperature must be above 0, but is {self.temperature!r}; None takes the likeliest")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):

@@ -5,6 +5,7 @@ Two programs share the cache: one for a token of each sample, one for several po
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Protocol
@@ -20,7 +21,7 @@ from shardwise.graph.eager import Lifted
 from shardwise.graph.garbage import uncollected
 from shardwise.graph.graph import Graph
 from shardwise.graph.step import Step, step_of
-from shardwise.inference.limits import Demand, check_fits
+from shardwise.inference.limits import Demand, check_fits, check_takes
 from shardwise.inference.prediction import Replica, for_prediction
 from shardwise.job import Job, lift, lifts
 from shardwise.parallel.channels import Channels
@@ -102,10 +103,24 @@ class ModuleSteps:
     def __init__(self, job: Job, demand: Demand, device: torch.device, dtype: torch.dtype | None) -> None:
         module = job.build()
         self._step = step_of(module if dtype is None else lift(module, dtype), job.global_batch, demand.longest)
-        self._step.to(device).eval()
-        self._device, self._dtype, self.piece = device, dtype, demand.piece
+        self._step.eval()
+        self._device, self._dtype, self.piece = torch.device("cpu"), dtype, demand.piece
         self.fixed = _fixed(self._step, job)
         self._state: list[Tensor] = []
+        # Here, where an index that is too large is an error; on a GPU it is the end of the process.
+        check_takes(self._takes, type(module).__name__, demand)
+        self._step.to(device)
+        self._device, self._state = device, []
+
+    def _takes(self, token: int, position: int) -> bool:
+        self.begin(self.fixed or 1)
+        try:
+            self.step(torch.full((self.fixed or 1, 1), token), position)
+        except JobError:
+            return False
+        except Exception:  # it may run on a GPU alone; then nothing is known
+            return True
+        return True
 
     def begin(self, samples: int) -> None:
         with torch.inference_mode():
@@ -119,7 +134,7 @@ class ModuleSteps:
                 logits: Tensor
                 logits, *self._state = self._step(tokens.to(self._device), positions, *self._state)
             except (IndexError, RuntimeError) as error:
-                if "out of" not in str(error):
+                if not re.search("out of (range|bounds)", str(error)):
                     raise
                 name = type(self._step.module).__name__
                 raise JobError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,3 +210,27 @@ def _ranks(result: Result) -> str:
     ranks = "1 rank" if result.ranks == 1 else f"{result.ranks} ranks"
     threads = "" if result.device == "cuda" else f" of {result.threads} thread{'s' * (result.threads != 1)}"
     return f"{ranks}{threads} ({result.device})"
+
+
+@contextmanager
+def search_progress() -> Iterator[Callable[[Any, int], None] | None]:
+    """What a search is told to call: one line on a terminal, wiped out at the end; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    told, began = 0.0, time.monotonic()
+
+    def tell(found: Any, left: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < 0.1:
+            return
+        told = now
+        best = f", best {duration(found.best.estimate.step)} a step; Ctrl-C takes it" if found.best is not None else ""
+        seen = f"{found.shapes - left:,} of {found.shapes:,} shapes looked at in {now - began:.0f} s"
+        print(f"\r\033[K{seen}{best}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -133,6 +133,27 @@ def test_collectives_under_way_keep_their_order(pool: Pool, ranks: int) -> None:
     assert pool(ranks).run(_under_way, timeout=60) == [[True, True, True]] * ranks
 
 
+def _parts_with_gaps() -> list[bool]:
+    """Parts that arrive where they belong in a larger tensor, and that are summed from where they lie."""
+    with joined() as place:
+        group, _ = open_group(range(place.world), "test")
+        found = []
+        for shape in ((3, 4, 5), (2, 1, 200_001), (70_001, 2, 3)):  # several rows a slot, several slots a row
+            mine = torch.full(shape, float(place.rank)) + torch.arange(shape[2])
+            whole = torch.empty(shape[0], place.world, *shape[1:])
+            dist.all_gather(list(whole.unbind(1)), mine, group=group)
+            found.append(all(torch.equal(whole[:, r], mine - place.rank + r) for r in range(place.world)))
+            summed = torch.empty(shape)
+            dist.reduce_scatter(summed, list(whole.unbind(1)), group=group)
+            found.append(torch.equal(summed, whole[:, place.rank] * place.world))
+        return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_may_have_gaps_between_their_rows(pool: Pool, ranks: int) -> None:
+    assert pool(ranks).run(_parts_with_gaps, timeout=60) == [[True] * 6] * ranks
+
+
 def _tensor_in_another_layout() -> list[float]:
     with joined() as place:
         group, _ = open_group(range(place.world), "test")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
+from shardwise.machine.pieces import Pieces, alike, flat, get, give, join, rows
 from shardwise.machine.slots import SLOT_BYTES, Exchange, Put, Slots, Take, meet
 
 NAME = "shardwise"
@@ -123,10 +124,10 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
         fold = _fold_of(opts.reduceOp)
         if self._slots is None or fold is None:
             return self._gloo.allreduce(tensors, opts)
-        x = _flat(tensors[0])
+        x = flat(tensors[0])[None]
         if self.size() > 2 and x.nbytes > _DIRECT_BYTES:
-            parts = x.split(-(-x.numel() // self.size()))
-            parts += (x[:0],) * (self.size() - len(parts))
+            parts = x.split(-(-x.numel() // self.size()), dim=1)
+            parts += (x[:, :0],) * (self.size() - len(parts))
             self._reduce_scatter(parts[self.rank()], parts, fold)
             return self._gather(parts, parts[self.rank()], after=True)
         return self._reduce("all_reduce", x, fold, range(self.size()))
@@ -136,32 +137,34 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
         fold = _fold_of(opts.reduceOp)
         if self._slots is None or fold is None:
             return self._gloo.reduce(tensors, opts)
-        return self._reduce("reduce", _flat(tensors[0]), fold, (opts.rootRank,))
+        return self._reduce("reduce", flat(tensors[0])[None], fold, (opts.rootRank,))
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Any:
         self._tell("reduce_scatter", inputs[0])
         fold = _fold_of(opts.reduceOp)
         if self._slots is None or fold is None:
             return self._gloo.reduce_scatter(outputs, inputs, opts)
-        return self._reduce_scatter(_flat(outputs[0]), [_flat(part) for part in inputs[0]], fold)
+        return self._reduce_scatter(*alike(outputs[0], inputs[0]), fold)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Any:
         self._tell("all_gather", inputs)
         if self._slots is None:
             return self._gloo.allgather(outputs, inputs, opts)
-        return self._gather([_flat(part) for part in outputs[0]], _flat(inputs[0]))
+        x, outs = alike(inputs[0], outputs[0])
+        return self._gather(outs, x)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Any:
         self._tell("gather", inputs)
         if self._slots is None:
             return self._gloo.gather(outputs, inputs, opts)
-        return self._gather([_flat(part) for part in outputs[0]] if outputs else None, _flat(inputs[0]))
+        x, outs = alike(inputs[0], outputs[0] if outputs else inputs)
+        return self._gather(outs if outputs else None, x)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
         self._tell("broadcast", tensors)
         if self._slots is None:
             return self._gloo.broadcast(tensors, opts)
-        return self._broadcast(_flat(tensors[0]), opts.rootRank)
+        return self._broadcast(flat(tensors[0])[None], opts.rootRank)
 
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any
@@ -179,7 +182,7 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
     def barrier(self, opts: Any) -> Any:
         if self._slots is None:
             return self._gloo.barrier(opts)
-        return self._reduce("all_reduce", torch.zeros(1, dtype=torch.uint8), torch.add, range(self.size()))
+        return self._reduce("all_reduce", torch.zeros(1, 1, dtype=torch.uint8), torch.add, range(self.size()))
 
     def send(self, tensors: list[Tensor], to: int, tag: int) -> Any:
         self._tell("send", tensors)
@@ -197,90 +200,90 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
 
     def _reduce(self, kind: str, x: Tensor, fold: Callable[..., Tensor], roots: Sequence[int]) -> Pending:
         """Every root sums what all put."""
-        each = SLOT_BYTES // x.itemsize
+        pieces = Pieces.of(x, SLOT_BYTES)
 
         def put(k: int, slot: Tensor) -> None:
-            _put(x[k * each : (k + 1) * each], slot)
+            give(pieces[x, k], slot)
 
         def take(k: int, slots: Sequence[Tensor]) -> None:
-            _fold(x[k * each : (k + 1) * each], slots, fold)
+            join(pieces[x, k], slots, fold)
 
-        return self._begin(kind, x, x.numel(), each, put, take if self.rank() in roots else None)
+        return self._begin(kind, x, pieces, put, take if self.rank() in roots else None)
 
     def _reduce_scatter(self, out: Tensor, parts: Sequence[Tensor], fold: Callable[..., Tensor]) -> Pending:
         """A slot has a piece for each rank, who sums its own of every slot."""
-        each = SLOT_BYTES // out.itemsize // self.size()
-        mine = self.rank() * each
+        pieces = Pieces.of(parts[0], SLOT_BYTES // self.size())
+        mine = self.rank() * pieces.each
 
         def put(k: int, slot: Tensor) -> None:
             for rank, part in enumerate(parts):
-                _put(part[k * each : (k + 1) * each], slot[rank * each :])
+                give(pieces[part, k], slot[rank * pieces.each :])
 
         def take(k: int, slots: Sequence[Tensor]) -> None:
-            _fold(out[k * each : (k + 1) * each], [slot[mine:] for slot in slots], fold)
+            join(pieces[out, k], [slot[mine:] for slot in slots], fold)
 
-        return self._begin("reduce_scatter", out, parts[0].numel(), each, put, take)
+        return self._begin("reduce_scatter", out, pieces, put, take)
 
     def _gather(self, outs: Sequence[Tensor] | None, x: Tensor, *, after: bool = False) -> Pending:
         """Every rank that has room for it takes what all put."""
-        each = SLOT_BYTES // x.itemsize
+        # Parts have one shape, but for the last of those into which an all-reduce cuts a tensor.
+        pieces = Pieces.of(x if outs is None else outs[0], SLOT_BYTES)
 
         def put(k: int, slot: Tensor) -> None:
-            _put(x[k * each : (k + 1) * each], slot)
+            give(pieces[x, k], slot)
 
         def take(k: int, slots: Sequence[Tensor]) -> None:
             assert outs is not None
             for rank, (out, slot) in enumerate(zip(outs, slots, strict=True)):
                 if rank != self.rank():
-                    _take(out[k * each : (k + 1) * each], slot)
+                    get(pieces[out, k], slot)
 
         if outs is not None and outs[self.rank()].data_ptr() != x.data_ptr():
-            outs[self.rank()].copy_(x)
-        longest = x.numel() if outs is None else outs[0].numel()  # only the last parts may be shorter
-        return self._begin("all_gather", x, longest, each, put, None if outs is None else take, after=after)
+            outs[self.rank()].copy_(x.view(outs[self.rank()].shape))
+        return self._begin("all_gather", x, pieces, put, None if outs is None else take, after=after)
 
     def _broadcast(self, x: Tensor, root: int) -> Pending:
-        each = SLOT_BYTES // x.itemsize
+        pieces = Pieces.of(x, SLOT_BYTES)
 
         def put(k: int, slot: Tensor) -> None:
-            _put(x[k * each : (k + 1) * each], slot)
+            give(pieces[x, k], slot)
 
         def take(k: int, slots: Sequence[Tensor]) -> None:
-            _take(x[k * each : (k + 1) * each], slots[root])
+            get(pieces[x, k], slots[root])
 
         here = self.rank() == root
-        return self._begin("broadcast", x, x.numel(), each, put if here else None, None if here else take)
+        return self._begin("broadcast", x, pieces, put if here else None, None if here else take)
 
     def _all_to_all(self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]) -> Pending:
         """A slot has a piece for each rank, as long as the longest message needs."""
-        each = SLOT_BYTES // input.itemsize // self.size()
-        out = _flat(output).split(_lengths(output, output_splits, self.size()))
-        parts = _flat(input).split(_lengths(input, input_splits, self.size()))
+        out = [rows(part) for part in flat(output).split(_lengths(output, output_splits, self.size()))]
+        parts = [rows(part) for part in flat(input).split(_lengths(input, input_splits, self.size()))]
         longest = parts[0].numel()
         if output_splits or input_splits:  # messages may differ, and each rank knows only its own
-            found = torch.tensor([max(part.numel() for part in parts)])
+            found = torch.tensor([[max(part.numel() for part in parts)]])
             self._reduce("all_reduce", found, torch.maximum, range(self.size())).wait()
             longest = int(found)
-        mine = self.rank() * each
+        pieces = Pieces(1, longest, SLOT_BYTES // self.size() // input.itemsize)
+        mine = self.rank() * pieces.each
 
         def put(k: int, slot: Tensor) -> None:
             for rank, part in enumerate(parts):
-                _put(part[k * each : (k + 1) * each], slot[rank * each :])
+                give(pieces[part, k], slot[rank * pieces.each :])
 
         def take(k: int, slots: Sequence[Tensor]) -> None:
             for part, slot in zip(out, slots, strict=True):
-                _take(part[k * each : (k + 1) * each], slot[mine:])
+                get(pieces[part, k], slot[mine:])
 
-        return self._begin("all_to_all", input, longest, each, put, take)
+        return self._begin("all_to_all", input, pieces, put, take)
 
     def _begin(
-        self, kind: str, x: Tensor, numbers: int, each: int, put: Put | None, take: Take | None, *, after: bool = False
+        self, kind: str, x: Tensor, pieces: Pieces, put: Put | None, take: Take | None, *, after: bool = False
     ) -> Pending:
-        """Begin what takes a round for `each` of so many numbers."""
         assert self._slots is not None
-        sign = _KINDS.index(kind) << 56 | numbers * x.itemsize
+        numbers = pieces.rows * pieces.columns * x.itemsize * 1_000_003 + pieces.columns
+        sign = _KINDS.index(kind) << 56 | numbers % (1 << 56)
         with _span():
-            rounds = self._slots.begin(Exchange(sign, x.dtype, -(-numbers // each), put, take, after))
+            rounds = self._slots.begin(Exchange(sign, x.dtype, pieces.count, put, take, after))
         return Pending(self._slots, rounds)
 
 
@@ -291,39 +294,6 @@ def _span() -> AbstractContextManager[object]:
 def _fold_of(op: Any) -> Callable[..., Tensor] | None:
     """What joins two ranks' numbers; None where only gloo knows. An operation equals its name, but hashes otherwise."""
     return next((fold for known, fold in _FOLDS if op == known), None)
-
-
-def _put(part: Tensor, slot: Tensor) -> None:
-    slot[: part.numel()].copy_(part)
-
-
-def _take(part: Tensor, slot: Tensor) -> None:
-    part.copy_(slot[: part.numel()])
-
-
-def _fold(out: Tensor, slots: Sequence[Tensor], fold: Callable[..., Tensor]) -> None:
-    parts = [slot[: out.numel()] for slot in slots]
-    if len(parts) == 1:
-        out.copy_(parts[0])
-        return
-    fold(parts[0], parts[1], out=out)
-    for part in parts[2:]:
-        fold(out, part, out=out)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """The numbers of a tensor in the order in which they lie in memory, as gloo sends them too."""
-    if x.is_contiguous():
-        return x.view(-1)
-    strides = sorted(zip(x.stride(), x.shape, strict=True))
-    expected = 1
-    for stride, size in strides:
-        if size > 1 and stride != expected:
-            raise ValueError(
-                f"a tensor of shape {tuple(x.shape)} and strides {x.stride()} has gaps; send a contiguous one"
-            )
-        expected *= size
-    return x.as_strided((x.numel(),), (1,))
 
 
 def _lengths(x: Tensor, splits: list[int], size: int) -> list[int]:

@@ -318,8 +318,11 @@ class Case:
         return [[self.in_flight(rank, stages) / each] * each]
 
     def half_done(self, rank: int) -> int:
-        """Of the micro-batches in flight on a pipeline rank those that are half through backward."""
-        return min(self.plan.micro_batches, rank + 1) if self.plan.schedule == "zero-bubble" else 0
+        """Of the micro-batches in flight on a pipeline rank those that are half through backward.
+
+        That is when the rank begins the first half of another, which is there with all that it keeps.
+        """
+        return min(self.plan.micro_batches - 1, rank) if self.plan.schedule == "zero-bubble" else 0
 
     # -- all of it ---------------------------------------------------------------------------------------------------
 

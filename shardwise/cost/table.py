@@ -129,11 +129,9 @@ class Rows:
     ) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
-        made = [work.made(op, samples) for op in work.graph.ops]
         most = [work.largest(op, samples) for op in work.graph.ops]
         self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
-        # Of other operators than products the gradients of parameters alone wait for the second half.
-        self.halved = self.meets * self.products * (self.kept + self.each(made))
+        self.halved = self.each(work.halved(samples))
         self.largest = self.each(most)
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)
@@ -148,16 +146,17 @@ class Rows:
     # Most splits of a large model need too much memory, and their times are never asked for.
 
     @cached_property
-    def back(self) -> tuple[Array, Array] | None:
+    def back(self) -> tuple[Array, Array, Array] | None:
         """While each operator's backward runs: bytes of parameters' gradients it makes, and of all else not kept.
 
-        None where memory is not followed through backward.
+        First of gradients that this rank has alone, then of those that are summed over an axis. None where memory is
+        not followed through backward.
         """
         if self._gradients is None:
             return None
-        mine, rest = np.array(self._work.back(self._samples)).reshape(-1, 2).T
+        mine, summed, rest = np.array(self._work.back(self._samples)).reshape(-1, 3).T
         # What comes back to an operator is what crosses the cut behind it.
-        return self.each(mine), self.each(rest) + self._crossing(self._gradients)[1:]
+        return self.each(mine), self.each(summed), self.each(rest) + self._crossing(self._gradients)[1:]
 
     def _crossing(self, lives: npt.NDArray[np.int_]) -> Array:
         """Bytes of tensors of such lives that cross the cut before each operator, and at the end."""
@@ -381,9 +380,9 @@ class Table:
         if self.rows.back is None:
             largest = _most(_tops(self.rows.largest, at))
             return largest, largest
-        grads, others = self.rows.back
+        grads, summed, others = self.rows.back
         # Behind an operator nothing is kept any more.
-        moments = self._kept[1:] + others
+        moments = self._kept[1:] + others + summed
         largest = _most(_tops(moments + grads, at)) - self._kept[at][None, :]
         made = self.weights.gradients()
         growing = _most(_tops(moments - made[:-1], at)) + made[at][:, None] - self._kept[at][None, :]

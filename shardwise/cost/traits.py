@@ -83,7 +83,7 @@ class Traits:
             made=tuple(v for v in op.outputs if v in graph.needs_grad),
             bias=bias,
             free=kind == NOTHING or (self.prepared and not learned),
-            weighted=not bias and {v in self.params for v in op.inputs} == {True, False},
+            weighted=not bias and len({self._begins.get(v) for v in op.inputs if v in graph.needs_grad}) > 1,
             last=self._levels[op] == self._deepest,
         )
 
@@ -98,6 +98,19 @@ class Traits:
                 found[op] = PRODUCT
             else:
                 found[op] = NOTHING if is_view(op) else MEMORY
+        return found
+
+    @cached_property
+    def _begins(self) -> Mapping[Value, int]:
+        """For each tensor that an operator makes the first operator that its gradient reaches.
+
+        To a stage that begins behind that one the tensor is received. To others it is made of parameters alone, as are
+        rows that the batch picks of them.
+        """
+        found: dict[Value, int] = {}
+        for op in self.graph.ops:
+            first = min((found[v] for v in op.inputs if v in found and v in self.graph.needs_grad), default=op.index)
+            found.update(dict.fromkeys(op.outputs, first))
         return found
 
     @cached_property

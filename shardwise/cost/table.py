@@ -33,10 +33,12 @@ class Held:
     Attributes:
         kept: bytes kept for backward.
         halved: bytes kept from the first half of a backward to the second, which gives the gradients of parameters.
+        late: bytes of the largest gradient that the second half makes.
         inside: bytes that the largest recomputed block keeps while it is computed again.
         largest: bytes of the largest gradient, and of the tensor that it is of; or, followed through backward, by which
             its fullest moment exceeds what is kept.
         growing: the same where gradients of parameters are made in this backward, less those that are not there yet.
+        passed: bytes that are received from the stages before and behind.
         weights: entries of parameters.
         weight_bytes: bytes of them.
         tensors: how many parameters.
@@ -45,9 +47,11 @@ class Held:
 
     kept: Array
     halved: Array
+    late: Array
     inside: Array
     largest: Array
     growing: Array
+    passed: Array
     weights: Array
     weight_bytes: Array
     tensors: Array
@@ -98,8 +102,8 @@ class Stretches(Held):
 
 
 PLAIN = (
-    "forward", "backward", "again", "calls", "calls_back", "meets", "kept", "halved", "inside", "largest", "growing",
-    "weights", "weight_bytes", "tensors",
+    "forward", "backward", "again", "calls", "calls_back", "meets", "kept", "halved", "late", "inside", "largest",
+    "growing", "passed", "weights", "weight_bytes", "tensors",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
 
@@ -131,13 +135,13 @@ class Rows:
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
         most = [work.largest(op, samples) for op in work.graph.ops]
         self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
-        self.halved = self.each(work.halved(samples))
+        self.halved, self.late = (self.each(each) for each in zip(*work.halved(samples), strict=True))
         self.largest = self.each(most)
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)
         self._gradients = gradients
         if tensors is not None:
-            self.kept = self.halved = np.zeros_like(self.kept)
+            self.kept = self.halved = self.late = np.zeros_like(self.kept)
             self.largest = self._there(tensors)[:-1]
             outputs = sum(work.local_bytes(v, samples) for v in work.graph.results.values())
             if parts > 1:  # their outputs wait, and are there twice while they are joined
@@ -355,9 +359,11 @@ class Table:
         return Held(
             kept=_differences(self._kept[at]),
             halved=_differences(self._halved[at]),
+            late=np.triu(_most(_tops(self.rows.late, at)), 1),
             inside=self._most_inside(at),
             largest=largest,
             growing=growing,
+            passed=np.triu(self.live[at][:, None] + self.live[at][None, :], 1),
             weights=entries,
             weight_bytes=sizes,
             tensors=tensors,

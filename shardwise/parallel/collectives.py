@@ -77,7 +77,8 @@ def sum_parts(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tenso
     """This rank's part of the sum over the axis (reduce-scatter)."""
     if axis.group is None:
         return x
-    parts = [padded(part, max(sizes), pos + 1) for part in _parts(x, pos, lead, sizes)]
+    # Of a transposed tensor gloo would mistake the order of its entries.
+    parts = [padded(part, max(sizes), pos + 1) for part in _parts(x.contiguous(), pos, lead, sizes)]
     out = x.new_empty(parts[0].shape)
     axis.record("reduce_scatter", out.numel() * out.element_size() * axis.size)
     dist.reduce_scatter(out, parts, group=axis.group)
@@ -116,7 +117,7 @@ def exchange_parts(x: Tensor, axis: Axis, source: tuple[int, int, Sizes], target
 
 def _parts(x: Tensor, pos: int, lead: int, sizes: Sizes) -> Sequence[Tensor]:
     """Every rank's part of a whole tensor, its position `pos` seen as (lead, leaf, tail)."""
-    return split_view(x, pos, lead, sum(sizes)).split(list(sizes), dim=pos + 1)
+    return torch.split(split_view(x, pos, lead, sum(sizes)), list(sizes), dim=pos + 1)
 
 
 def _resized(shape: Sequence[int], pos: int, old: int, new: int) -> list[int]:

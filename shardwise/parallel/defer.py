@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from shardwise.parallel.program import Program, attribute_name
@@ -56,7 +56,7 @@ class Tape:
         # A parameter with several uses is accumulated into, and its hooks are called, once. Where none is reached
         # through another tensor, no gradient waits for the others.
         alone = not roots and all(learned.is_leaf for note in self.notes for learned in note.learned)
-        at: list[Tensor | GradientEdge] = list(roots)
+        at: list[Any] = list(roots)  # tensors, and the edges of others
         given = list(grads)
         left = Counter(id(learned) for note in self.notes for learned in note.learned)
         sums: dict[int, Tensor] = {}

@@ -330,9 +330,11 @@ class Case:
     def half_done(self, rank: int) -> int:
         """Of the micro-batches in flight on a pipeline rank those that are half through backward.
 
-        That is when the rank begins the first half of another, which is there with all that it keeps.
+        That is when the rank begins the first half of another, which is there with all that it keeps; of other
+        frameworks, whose memory is not followed through backward, when it is through with that.
         """
-        return min(self.plan.micro_batches - 1, rank) if self.plan.schedule == "zero-bubble" else 0
+        another = self.profile.stepwise
+        return min(self.plan.micro_batches - another, rank + 1 - another) if self.plan.schedule == "zero-bubble" else 0
 
     # -- all of it ---------------------------------------------------------------------------------------------------
 

@@ -136,6 +136,9 @@ class Rows:
         most = [work.largest(op, samples) for op in work.graph.ops]
         self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
         self.halved, self.late = (self.each(each) for each in zip(*work.halved(samples), strict=True))
+        if gradients is None:  # as other frameworks' figures bear out
+            made = self.each([work.made(op, samples) for op in work.graph.ops])
+            self.halved = self.meets * self.products * (self.kept + made)
         self.largest = self.each(most)
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)

@@ -60,9 +60,9 @@ def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
     mine = split_view(x.contiguous(), pos, lead, sizes[axis.rank])
     axis.record("all_gather", mine.narrow(pos + 1, 0, 1).numel() * max(sizes) * mine.element_size())
     whole = x.new_empty(_resized(x.shape, pos, sizes[axis.rank], sum(sizes)))
-    # Parts arrive where they belong: nothing is there twice, and what reads the whole need not copy it.
+    # What reads the whole need not copy it; where parts are one behind the other, they arrive where they belong.
     places = _parts(whole, pos, lead, sizes)
-    if len(set(sizes)) == 1:
+    if len(set(sizes)) == 1 and all(place.is_contiguous() for place in places):
         dist.all_gather(list(places), mine, group=axis.group)
         return whole
     own = padded(mine, max(sizes), pos + 1)
@@ -77,8 +77,8 @@ def sum_parts(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tenso
     """This rank's part of the sum over the axis (reduce-scatter)."""
     if axis.group is None:
         return x
-    # Of a transposed tensor gloo would mistake the order of its entries.
-    parts = [padded(part, max(sizes), pos + 1) for part in _parts(x.contiguous(), pos, lead, sizes)]
+    # Not every backend takes parts with gaps.
+    parts = [padded(part, max(sizes), pos + 1).contiguous() for part in _parts(x, pos, lead, sizes)]
     out = x.new_empty(parts[0].shape)
     axis.record("reduce_scatter", out.numel() * out.element_size() * axis.size)
     dist.reduce_scatter(out, parts, group=axis.group)

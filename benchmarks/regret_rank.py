@@ -12,11 +12,14 @@ import statistics
 import sys
 import time
 import warnings
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.regret_jobs import JOBS
@@ -65,7 +68,7 @@ def measure(name: str, plans: list[str], weighed: list[str], together: int, seco
         part = plans[start : start + together]
         found += _in_turns(job, graph, part, batches, seconds * len(part) / len(plans))
     after = speed()
-    sizes = [_weigh(job, graph, Plan.parse(text), batches) for text in weighed]
+    sizes = [weigh(job, graph, Plan.parse(text), batches) for text in weighed]
     return {"seconds": found, "bytes": sizes, "speed": [before, after]}
 
 
@@ -156,7 +159,7 @@ def _busy() -> float:
     return sum(int(word) for word in words[1:4]) / os.sysconf("SC_CLK_TCK")
 
 
-def _weigh(job: Job, graph: Graph, plan: Plan, batches: list[Any]) -> list[float]:
+def weigh(job: Job, graph: Graph, plan: Plan, batches: list[Any]) -> list[float]:
     """Bytes of tensors that each rank has at the peak, from an empty process on: what torch's allocator says."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -164,15 +167,47 @@ def _weigh(job: Job, graph: Graph, plan: Plan, batches: list[Any]) -> list[float
         for k in range(MEMORY_STEPS):
             engine.step(batches[k])
     del engine
-    now = peak = 0
-    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    mine = torch.tensor(float(peak), dtype=torch.float64)
+    todo = list(seen.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    events = []
+    while todo:
+        node = todo.pop()
+        todo += node.children
+        if isinstance(node.extra_fields, _ExtraFields_Allocation):
+            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    mine = torch.tensor(float(fullest([event[1:] for event in sorted(events)])), dtype=torch.float64)
     every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     return [float(t) for t in every]
+
+
+def fullest(events: Sequence[tuple[int, int]]) -> int:
+    """Bytes at the fullest moment, of what is allocated and freed in order: addresses, and sizes, below 0 of what goes.
+
+    A profiler does not see what threads free that are not its own, such as those that collectives run on, where they
+    are the last to let go. What is allocated at the same place later says that it is free.
+    """
+    starts: list[int] = []
+    sizes: dict[int, int] = {}
+    now = most = 0
+
+    def free(at: int) -> int:
+        starts.pop(bisect_left(starts, at))
+        return sizes.pop(at)
+
+    for at, size in events:
+        if size <= 0:
+            now -= free(at) if at in sizes else 0
+            continue
+        first = bisect_left(starts, at)
+        if first and starts[first - 1] + sizes[starts[first - 1]] > at:
+            first -= 1
+        for there in starts[first : bisect_left(starts, at + size)]:
+            now -= free(there)
+        insort(starts, at)
+        sizes[at] = size
+        now += size
+        most = max(most, now)
+    return most
 
 
 def main() -> None:

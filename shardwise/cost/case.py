@@ -247,6 +247,9 @@ class Case:
         several = plan.micro_batches > 1
         # Gradients of parameters that backward makes one after the other, where none are accumulated or sent.
         more = s.growing if p.stepwise and not several and self.data == 1 else s.largest
+        if p.stepwise and half:
+            # Or it is fullest when the first half of all is through and the second half of the first begins.
+            more = np.maximum(more, s.halved - s.kept + s.late)
         beside = (self.data > 1) + (flight > 1)
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
         found = {
@@ -256,9 +259,16 @@ class Case:
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
             "activations": s.kept * (flight - half) + s.halved * half + s.inside + more,
-            "buffers": p.fixed + gathered,
+            "buffers": p.fixed + gathered + (self._rooms(s) if p.stepwise else 0.0),
         }
         return {**found, "reserve": self.reserve * sum(found.values())}  # type: ignore[dict-item]
+
+    def _rooms(self, s: Held) -> Array:
+        """Bytes of stretches that wait to be sent, or are there to receive."""
+        if self.plan.zero != 2 or self.plan.micro_batches > 1:
+            return s.passed
+        # A bucket's gradients are whole until they are summed.
+        return s.passed + np.minimum(self.plan.bucket_bytes, 4 * s.weights) * (1 - 1 / self._shards(2))
 
     def waiting(self, s: Stretches, lead: Array, flight: float) -> Array:
         """Bytes gathered along tensor axes whose memory waits for the device, where only own parts are kept.
@@ -318,10 +328,20 @@ class Case:
         return [[self.in_flight(rank, stages) / each] * each]
 
     def half_done(self, rank: int) -> int:
-        """Of the micro-batches in flight on a pipeline rank those that are half through backward."""
-        return min(self.plan.micro_batches, rank + 1) if self.plan.schedule == "zero-bubble" else 0
+        """Of the micro-batches in flight on a pipeline rank those that are half through backward.
+
+        That is when the rank begins the first half of another, which is there with all that it keeps; of other
+        frameworks, whose memory is not followed through backward, when it is through with that.
+        """
+        another = self.profile.stepwise
+        return min(self.plan.micro_batches - another, rank + 1 - another) if self.plan.schedule == "zero-bubble" else 0
 
     # -- all of it ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _built(self) -> float:
+        """Bytes of the model's parameters."""
+        return float(sum(v.bytes().at(1) for v in set(self.tables[0].graph.params.values())))
 
     @cached_property
     def _end(self) -> int:
@@ -372,6 +392,9 @@ class Case:
             loose = max(min(loose, room), loose * (1 - _BACK))
             items["buffers"] += loose
             items["reserve"] += loose * self.reserve
+            if self.profile.whole and not self._apart(rank):
+                shards = items["parameters"] if self.plan.zero == 3 else 0.0  # made while the whole is there
+                items["whole model"] = max(self._built + shards - sum(items.values()), 0.0)
             memory.append(items)
         limits = tuple(place.memory for place in self.places)
         pace = self.pace(forward, sends)
@@ -422,6 +445,6 @@ def _sum(parts: Sequence[Stretches]) -> Stretches:
     plain = {}
     for name in PLAIN:
         values = [getattr(s, name) for s in parts]
-        plain[name] = max(values) if name in ("inside", "largest", "growing") else sum(values)
+        plain[name] = max(values) if name in ("inside", "largest", "growing", "late") else sum(values)
     summed = {axis: sum(s.summed[axis] for s in parts) for axis in parts[0].summed}
     return Stretches(**plain, summed=summed, sent={}, sent_back={})  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ class Estimate:
             each axis (what nothing hides), "bubble", "update".
         hidden: seconds of communication behind computing, by axis.
         ranks: bytes of each pipeline rank, by item: "parameters", "gradients", "optimizer", "activations", "buffers",
-            "reserve".
+            "reserve"; and on CPUs "whole model", by which this exceeds the others before a rank takes its part of it.
         limits: bytes that each pipeline rank has.
         pace: seconds from one batch to the next where batches follow each other through a pipeline; 0 where each waits
             for the end of the step before.

@@ -56,6 +56,8 @@ class Profile:
         portable: whether its fused attention does without the instructions that earlier devices lack.
         stops: whether computing a block again stops where it keeps nothing more.
         reserve: share by which the allocator keeps more than is in use.
+        whole: whether each rank has the whole model, in its own dtype, before it takes its part; with accelerators the
+            host has it.
         stepwise: whether memory is followed through backward operator by operator, as autograd makes and frees tensors;
             else the largest tensor is there twice besides all that is kept.
         fragments: share of a micro-batch's activations that it keeps besides where several are in flight.
@@ -99,6 +101,7 @@ class Profile:
     portable: bool = True
     stops: bool = False
     reserve: float = 0.05
+    whole: bool = False
     stepwise: bool = False
     fragments: float = 0.0
     fixed: float = 0.0
@@ -136,7 +139,7 @@ NOTHING = Besides()
 PROFILES = {
     p.name: p
     for p in (
-        Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5, stepwise=True),
+        Profile("shardwise", overlap_data=0.5, overlap_scatter=0.5, whole=True, stepwise=True),
         Profile(
             "nanotron", fused="modules", prepared=True, passes=3.6, loss=1.5, call=96e-6, queue=450, late=0.65,
             step=21e-6, step_staged=340e-6, tick=6e-3, weight=2, gradient=4, accumulate=10, beside=2, regather=True,

@@ -33,10 +33,12 @@ class Held:
     Attributes:
         kept: bytes kept for backward.
         halved: bytes kept from the first half of a backward to the second, which gives the gradients of parameters.
+        late: bytes of the largest gradient that the second half makes.
         inside: bytes that the largest recomputed block keeps while it is computed again.
         largest: bytes of the largest gradient, and of the tensor that it is of; or, followed through backward, by which
             its fullest moment exceeds what is kept.
         growing: the same where gradients of parameters are made in this backward, less those that are not there yet.
+        passed: bytes that are received from the stages before and behind.
         weights: entries of parameters.
         weight_bytes: bytes of them.
         tensors: how many parameters.
@@ -45,9 +47,11 @@ class Held:
 
     kept: Array
     halved: Array
+    late: Array
     inside: Array
     largest: Array
     growing: Array
+    passed: Array
     weights: Array
     weight_bytes: Array
     tensors: Array
@@ -98,8 +102,8 @@ class Stretches(Held):
 
 
 PLAIN = (
-    "forward", "backward", "again", "calls", "calls_back", "meets", "kept", "halved", "inside", "largest", "growing",
-    "weights", "weight_bytes", "tensors",
+    "forward", "backward", "again", "calls", "calls_back", "meets", "kept", "halved", "late", "inside", "largest",
+    "growing", "passed", "weights", "weight_bytes", "tensors",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
 
@@ -129,17 +133,18 @@ class Rows:
     ) -> None:
         self.folded, self._work, self._samples, self._kernels = folded, work, samples, kernels
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
-        made = [work.made(op, samples) for op in work.graph.ops]
         most = [work.largest(op, samples) for op in work.graph.ops]
         self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
-        # Of other operators than products the gradients of parameters alone wait for the second half.
-        self.halved = self.meets * self.products * (self.kept + self.each(made))
+        self.halved, self.late = (self.each(each) for each in zip(*work.halved(samples), strict=True))
+        if gradients is None:  # as other frameworks' figures bear out
+            made = self.each([work.made(op, samples) for op in work.graph.ops])
+            self.halved = self.meets * self.products * (self.kept + made)
         self.largest = self.each(most)
         self.bytes = np.array([work.local_bytes(v, samples) for v in folded.distinct])
         self.live = self._crossing(folded.lives)
         self._gradients = gradients
         if tensors is not None:
-            self.kept = self.halved = np.zeros_like(self.kept)
+            self.kept = self.halved = self.late = np.zeros_like(self.kept)
             self.largest = self._there(tensors)[:-1]
             outputs = sum(work.local_bytes(v, samples) for v in work.graph.results.values())
             if parts > 1:  # their outputs wait, and are there twice while they are joined
@@ -148,16 +153,17 @@ class Rows:
     # Most splits of a large model need too much memory, and their times are never asked for.
 
     @cached_property
-    def back(self) -> tuple[Array, Array] | None:
+    def back(self) -> tuple[Array, Array, Array] | None:
         """While each operator's backward runs: bytes of parameters' gradients it makes, and of all else not kept.
 
-        None where memory is not followed through backward.
+        First of gradients that this rank has alone, then of those that are summed over an axis. None where memory is
+        not followed through backward.
         """
         if self._gradients is None:
             return None
-        mine, rest = np.array(self._work.back(self._samples)).reshape(-1, 2).T
+        mine, summed, rest = np.array(self._work.back(self._samples)).reshape(-1, 3).T
         # What comes back to an operator is what crosses the cut behind it.
-        return self.each(mine), self.each(rest) + self._crossing(self._gradients)[1:]
+        return self.each(mine), self.each(summed), self.each(rest) + self._crossing(self._gradients)[1:]
 
     def _crossing(self, lives: npt.NDArray[np.int_]) -> Array:
         """Bytes of tensors of such lives that cross the cut before each operator, and at the end."""
@@ -356,9 +362,11 @@ class Table:
         return Held(
             kept=_differences(self._kept[at]),
             halved=_differences(self._halved[at]),
+            late=np.triu(_most(_tops(self.rows.late, at)), 1),
             inside=self._most_inside(at),
             largest=largest,
             growing=growing,
+            passed=np.triu(self.live[at][:, None] + self.live[at][None, :], 1),
             weights=entries,
             weight_bytes=sizes,
             tensors=tensors,
@@ -381,9 +389,9 @@ class Table:
         if self.rows.back is None:
             largest = _most(_tops(self.rows.largest, at))
             return largest, largest
-        grads, others = self.rows.back
+        grads, summed, others = self.rows.back
         # Behind an operator nothing is kept any more.
-        moments = self._kept[1:] + others
+        moments = self._kept[1:] + others + summed
         largest = _most(_tops(moments + grads, at)) - self._kept[at][None, :]
         made = self.weights.gradients()
         growing = _most(_tops(moments - made[:-1], at)) + made[at][:, None] - self._kept[at][None, :]

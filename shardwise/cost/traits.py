@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -83,7 +83,7 @@ class Traits:
             made=tuple(v for v in op.outputs if v in graph.needs_grad),
             bias=bias,
             free=kind == NOTHING or (self.prepared and not learned),
-            weighted=not bias and {v in self.params for v in op.inputs} == {True, False},
+            weighted=not bias and bool(self.learned(op)),
             last=self._levels[op] == self._deepest,
         )
 
@@ -98,6 +98,24 @@ class Traits:
                 found[op] = PRODUCT
             else:
                 found[op] = NOTHING if is_view(op) else MEMORY
+        return found
+
+    def learned(self, op: Op) -> Sequence[Value]:
+        """What an operator reads that is made of parameters alone, where it reads what a stage receives besides."""
+        begins = {v: self._begins.get(v, len(self.graph.ops)) for v in op.inputs if v in self.graph.needs_grad}
+        return [v for v, first in begins.items() if first > min(begins.values())]
+
+    @cached_property
+    def _begins(self) -> Mapping[Value, int]:
+        """For each tensor that an operator makes the first operator that its gradient reaches.
+
+        To a stage that begins behind that one the tensor is received. To others it is made of parameters alone, as are
+        rows that the batch picks of them.
+        """
+        found: dict[Value, int] = {}
+        for op in self.graph.ops:
+            first = min((found[v] for v in op.inputs if v in found and v in self.graph.needs_grad), default=op.index)
+            found.update(dict.fromkeys(op.outputs, first))
         return found
 
     @cached_property

@@ -29,17 +29,18 @@ class Weights:
         graph = folded.whole
         # Those over the batch are summed apart, together.
         self.axes = [axis.name for axis in work.axes if axis.size > 1 and axis.dims != ("batch",)]
-        first = np.zeros((len(graph.ops) + 1, 3 + len(self.axes)))
+        first = np.zeros((len(graph.ops) + 1, 4 + len(self.axes)))
         self._repeated: list[tuple[int, int, Array]] = []
 
         def row_of(value: Value) -> list[float]:
             entries = work.local(value, 1)
             over = {work.axes[a].name for a in work.layout.grad_axes(value)}
             size = entries * (each or value.dtype.itemsize)
-            return [entries, size, 1, *(entries * (axis in over) for axis in self.axes)]
+            alone = over.isdisjoint(self.axes)
+            return [entries, size, 1, entries * alone, *(entries * (axis in over) for axis in self.axes)]
 
         numbers = {value: n for n, value in enumerate(dict.fromkeys(value for value, _ in folded.reads))}
-        rows = np.array([row_of(value) for value in numbers]).reshape(-1, 3 + len(self.axes))
+        rows = np.array([row_of(value) for value in numbers]).reshape(-1, 4 + len(self.axes))
         places = [numbers[value] for value, _ in folded.reads]
         np.add.at(first, [uses[0] + 1 for _, uses in folded.reads], rows[places])
         for place, (_, uses) in zip(places, folded.reads, strict=True):
@@ -47,8 +48,11 @@ class Weights:
         self._running = np.cumsum(first, axis=0)
 
     def gradients(self) -> Array:
-        """Bytes of gradients in fp32 of what operators before each, and before the end, are the first to read."""
-        found: Array = 4 * self._running[:, 0]
+        """Bytes of gradients in fp32 of what operators before each, and before the end, are the first to read.
+
+        Those that are summed over an axis are left out: they are collected in buckets, which are there throughout.
+        """
+        found: Array = 4 * self._running[:, 3]
         return found
 
     def between(self, at: Bounds) -> tuple[Array, Array, Array, Mapping[str, Array]]:
@@ -59,5 +63,5 @@ class Weights:
             begins = (at > before) & (at <= use)
             if begins.any():
                 found += (begins[:, None] & (at > use)[None, :])[:, :, None] * row
-        summed = {axis: found[..., 3 + k] for k, axis in enumerate(self.axes)}
+        summed = {axis: found[..., 4 + k] for k, axis in enumerate(self.axes)}
         return found[..., 0], found[..., 1], found[..., 2], summed

@@ -240,8 +240,6 @@ class Work:
     def kept(self, samples: int, *, attention: str = "fused") -> list[float]:
         """For each operator the bytes that it is the first to keep for backward, for one micro-batch on one rank.
 
-        Parameters and the batch itself are not counted, for they are kept anyway.
-
         Args:
             samples: of the micro-batch.
             attention: whether attention is "fused", writes its "scores", or keeps what it was "observed" to keep.
@@ -250,7 +248,6 @@ class Work:
         found = []
         for op in self.graph.ops:
             total = 0.0
-            needs = {o.value: self.layout.needs(op, o.slot) for o in op.context.inputs}
             keeps = self.saved[op]
             values, others = keeps.values, [float(size.at(samples)) for size in keeps.others]
             if self.scores and self.traits.of[op].last:
@@ -269,31 +266,70 @@ class Work:
                     others = [op.context.work.at(samples) / (4 * depth) * (2 * query.dtype.itemsize + 1)]
             if self.traits.fused != "none" and self.traits.kinds[op] in (MEMORY, NOTHING) and not others:
                 values, others = self._fused_keeps(op, values), []
-            for value in values:
-                root = self.traits.root(value)
-                size = self.local_bytes(root, samples)
-                if value in needs and not self.regather:
-                    # What was gathered for this operator is another tensor than the part it was gathered from.
-                    size = max(size, self.local_bytes(value, samples, needs[value]))
-                if (root, size) in seen or root in self.traits.params or root not in self.graph.learned:
-                    continue
-                seen.add((root, size))
-                total += size
+            new = self._kept_by(op, values, samples) - seen
+            seen |= new
+            total += sum(size for _, size in new)
             found.append(total + sum(others) * share if values or others else total)
         return found
 
-    def back(self, samples: int) -> list[tuple[float, float]]:
-        """For each operator the bytes that its backward makes: of parameters' gradients, and of all else."""
+    def halved(self, samples: int) -> list[tuple[float, float]]:
+        """For each operator the bytes that it is the first to keep from the first half of backward to the second.
+
+        And those of the largest gradient that it makes then. Products alone keep anything: what they kept of forward,
+        whoever else kept it, and the gradients of what they make. Of other operators the gradients of parameters wait
+        for the second half.
+        """
+        seen: set[tuple[Value, float]] = set()
         found = []
         for op in self.graph.ops:
-            keeps, sizes = self.saved[op], [0.0, 0.0]
+            total = late = 0.0
+            if self.traits.of[op].weighted and self.traits.kinds[op] == PRODUCT:
+                values = self._kept_by(op, self.saved[op].values, samples) - seen
+                seen |= values
+                others = sum(float(size.at(samples)) for size in self.saved[op].others) * self.layout.share(op)
+                total = sum(size for _, size in values) + others + self.made(op, samples)
+                late = max(self.local_bytes(value, samples) for value in self.traits.learned(op))
+            found.append((total, late))
+        return found
+
+    def _kept_by(self, op: Op, values: Sequence[Value], samples: int) -> set[tuple[Value, float]]:
+        """Of tensors that an operator keeps those that they are views of, and the bytes of what it keeps of these.
+
+        Parameters and the batch itself are not counted, for they are kept anyway.
+        """
+        needs = {o.value: self.layout.needs(op, o.slot) for o in op.context.inputs}
+        found = set()
+        for value in values:
+            root = self.traits.root(value)
+            if root in self.traits.params or root not in self.graph.learned:
+                continue
+            size = self.local_bytes(root, samples)
+            if value in needs and not self.regather:
+                # What was gathered for this operator is another tensor than the part it was gathered from.
+                size = max(size, self.local_bytes(value, samples, needs[value]))
+            found.add((root, size))
+        return found
+
+    def back(self, samples: int) -> list[tuple[float, float, float]]:
+        """For each operator the bytes that its backward makes: of parameters' gradients, and of all else.
+
+        First of gradients that this rank has alone, then of those that are summed over an axis.
+        """
+        found = []
+        for op in self.graph.ops:
+            keeps, sizes = self.saved[op], [0.0, 0.0, 0.0]
             needs = {o.value: self.layout.needs(op, o.slot) for o in op.context.inputs}
             for value in keeps.fresh:
                 size = self.local_bytes(value, samples)
-                sizes[value not in self.traits.params] += max(size, self.local_bytes(value, samples, needs.get(value)))
+                kind = 2 if value not in self.traits.params else int(self._is_summed(value))
+                sizes[kind] += max(size, self.local_bytes(value, samples, needs.get(value)))
             room = sum(size.at(samples) for size in keeps.room) * self.layout.share(op)
-            found.append((sizes[0], sizes[1] + room))
+            found.append((sizes[0], sizes[1], sizes[2] + room))
         return found
+
+    def _is_summed(self, param: Value) -> bool:
+        """Whether a parameter's gradient is summed over an axis."""
+        return any(self.axes[a].size > 1 for a in self.layout.grad_axes(param))
 
     def _fused_keeps(self, op: Op, values: tuple[Value, ...]) -> tuple[Value, ...]:
         """What a fused operator keeps: of what never reaches memory that from which it is computed again."""

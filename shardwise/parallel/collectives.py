@@ -7,6 +7,7 @@ only where the number of samples does not divide.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,70 +57,72 @@ def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
     """The whole tensor from every rank's part (all-gather)."""
     if axis.group is None:
         return x
-    seen = split_view(x, pos, lead, sizes[axis.rank]).movedim(pos + 1, 0).contiguous()
-    axis.record("all_gather", seen[:1].numel() * max(sizes) * seen.element_size())
-    if len(set(sizes)) == 1:
-        out = seen.new_empty((axis.size, *seen.shape))
-        dist.all_gather(list(out.unbind(0)), seen, group=axis.group)
-        whole = out.flatten(0, 1)
-    else:
-        parts = [seen.new_empty((n, *seen.shape[1:])) for n in sizes]
-        _gather_unequal(parts, seen, axis)
-        whole = torch.cat(parts)
-    return merge_view(whole.movedim(0, pos + 1), pos)
-
-
-def _gather_unequal(parts: list[Tensor], mine: Tensor, axis: Axis) -> None:
-    own = padded(mine, max(p.shape[0] for p in parts))
-    out = [torch.empty_like(own) for _ in parts]
-    dist.all_gather(out, own, group=axis.group)
-    for part, got in zip(parts, out, strict=True):
-        part.copy_(got[: part.shape[0]])
+    mine = split_view(x.contiguous(), pos, lead, sizes[axis.rank])
+    axis.record("all_gather", mine.narrow(pos + 1, 0, 1).numel() * max(sizes) * mine.element_size())
+    whole = x.new_empty(_resized(x.shape, pos, sizes[axis.rank], sum(sizes)))
+    # What reads the whole need not copy it; where parts are one behind the other, they arrive where they belong.
+    places = _parts(whole, pos, lead, sizes)
+    if len(set(sizes)) == 1 and all(place.is_contiguous() for place in places):
+        dist.all_gather(list(places), mine, group=axis.group)
+        return whole
+    own = padded(mine, max(sizes), pos + 1)
+    got = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(got, own, group=axis.group)
+    for place, part, n in zip(places, got, sizes, strict=True):
+        place.copy_(part.narrow(pos + 1, 0, n))
+    return whole
 
 
 def sum_parts(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
     """This rank's part of the sum over the axis (reduce-scatter)."""
     if axis.group is None:
         return x
-    seen = split_view(x, pos, lead, sum(sizes)).movedim(pos + 1, 0).contiguous()
-    largest = max(sizes)
-    parts = [padded(part, largest) for part in seen.split(list(sizes))]
-    out = torch.empty_like(parts[0])
+    # Not every backend takes parts with gaps.
+    parts = [padded(part, max(sizes), pos + 1).contiguous() for part in _parts(x, pos, lead, sizes)]
+    out = x.new_empty(parts[0].shape)
     axis.record("reduce_scatter", out.numel() * out.element_size() * axis.size)
     dist.reduce_scatter(out, parts, group=axis.group)
-    return merge_view(out[: sizes[axis.rank]].movedim(0, pos + 1), pos)
+    return merge_view(out.narrow(pos + 1, 0, sizes[axis.rank]), pos)
 
 
-def padded(x: Tensor, length: int) -> Tensor:
-    """`x` with zeros behind, because not every backend takes unequal parts."""
-    return x if x.shape[0] == length else torch.cat([x, x.new_zeros((length - x.shape[0], *x.shape[1:]))])
+def padded(x: Tensor, length: int, pos: int = 0) -> Tensor:
+    """`x` with zeros behind position `pos`, because not every backend takes unequal parts."""
+    more = length - x.shape[pos]
+    return torch.cat([x, x.new_zeros((*x.shape[:pos], more, *x.shape[pos + 1 :]))], dim=pos) if more else x
 
 
 def exchange_parts(x: Tensor, axis: Axis, source: tuple[int, int, Sizes], target: tuple[int, int, Sizes]) -> Tensor:
     """From a cut along one leaf to a cut along another (all-to-all)."""
     if axis.group is None:
         return x
-    pos, lead, sizes = target
-    seen = split_view(x, pos, lead, sum(sizes))
-    outgoing = [part.contiguous() for part in seen.split(list(sizes), dim=pos + 1)]
+    (source_pos, source_lead, source_sizes), (pos, lead, sizes) = source, target
     axis.record("all_to_all", x.numel() * x.element_size())
-    mine = [merge_view(part, pos) for part in outgoing]
-    source_pos, source_lead, source_sizes = source
-    own = mine[axis.rank]
-    incoming = []
-    for n in source_sizes:
-        shape = list(own.shape)
-        shape[source_pos] = shape[source_pos] // max(source_sizes[axis.rank], 1) * n
-        incoming.append(own.new_empty(shape))
-    flat = torch.cat([part.reshape(-1) for part in mine])
-    got = torch.empty(sum(part.numel() for part in incoming), dtype=x.dtype, device=x.device)
-    dist.all_to_all_single(
-        got, flat, [part.numel() for part in incoming], [part.numel() for part in mine], group=axis.group
-    )
-    pieces = got.split([part.numel() for part in incoming])
-    shaped = [p.view(part.shape) for p, part in zip(pieces, incoming, strict=True)]
-    joined = [split_view(p, source_pos, source_lead, n) for p, n in zip(shaped, source_sizes, strict=True)]
-    return merge_view(torch.cat(joined, dim=source_pos + 1), source_pos)
+    parts = _parts(x, pos, lead, sizes)
+    counts = [part.numel() for part in parts]
+    flat = x.new_empty(x.numel())
+    for place, part in zip(flat.split(counts), parts, strict=True):
+        place.view(part.shape).copy_(part)
+    shape = _resized(x.shape, pos, sum(sizes), sizes[axis.rank])
+    shape = _resized(shape, source_pos, source_sizes[axis.rank], sum(source_sizes))
+    each = math.prod(shape) // sum(source_sizes)
+    got = x.new_empty(math.prod(shape))
+    dist.all_to_all_single(got, flat, [each * n for n in source_sizes], counts, group=axis.group)
+    del flat
+    whole = x.new_empty(shape)
+    places = _parts(whole, source_pos, source_lead, source_sizes)
+    for place, part in zip(places, got.split([each * n for n in source_sizes]), strict=True):
+        place.copy_(part.view(place.shape))
+    return whole
+
+
+def _parts(x: Tensor, pos: int, lead: int, sizes: Sizes) -> Sequence[Tensor]:
+    """Every rank's part of a whole tensor, its position `pos` seen as (lead, leaf, tail)."""
+    return torch.split(split_view(x, pos, lead, sum(sizes)), list(sizes), dim=pos + 1)
+
+
+def _resized(shape: Sequence[int], pos: int, old: int, new: int) -> list[int]:
+    """A shape whose position `pos` has a leaf of another size."""
+    return [*shape[:pos], shape[pos] // max(old, 1) * new, *shape[pos + 1 :]]
 
 
 # -- with gradients ----------------------------------------------------------------------------------------------------

@@ -53,34 +53,31 @@ class Tape:
             roots: outputs of the stage that depend on parameters alone.
             grads: their gradients; None for the loss.
         """
-        # A parameter with several uses is accumulated into, and its hooks are called, once.
-        if not roots and all(learned.is_leaf for note in self.notes for learned in note.learned):
-            self._one_by_one()
-            return
-        at, given = list(roots), list(grads)
-        for note in self.notes:
-            for learned, grad in zip(note.learned, note.gradients(), strict=True):
-                if grad is not None:
-                    at.append(learned)
-                    given.append(grad)
-        self.notes.clear()
-        if at:
-            torch.autograd.backward(at, given)
-
-    def _one_by_one(self) -> None:
-        """Accumulate into parameters themselves, so that no gradient waits for the others."""
+        # A parameter with several uses is accumulated into, and its hooks are called, once. Where none is reached
+        # through another tensor, no gradient waits for the others.
+        alone = not roots and all(learned.is_leaf for note in self.notes for learned in note.learned)
+        at: list[Any] = list(roots)  # tensors, and the edges of others
+        given = list(grads)
         left = Counter(id(learned) for note in self.notes for learned in note.learned)
         sums: dict[int, Tensor] = {}
         self.notes.reverse()
         while self.notes:
-            note = self.notes.pop()
+            note = self.notes.pop()  # and what it kept goes
             for learned, grad in zip(note.learned, note.gradients(), strict=True):
                 key = id(learned)
                 left[key] -= 1
                 if grad is not None:
                     sums[key] = sums[key] + grad if key in sums else grad
-                if not left[key] and key in sums:
+                if left[key] or key not in sums:
+                    continue
+                if alone:
                     torch.autograd.backward([learned], [sums.pop(key)])
+                else:
+                    at.append(get_gradient_edge(learned))
+                    given.append(sums.pop(key))
+            del note, learned, grad
+        if at:
+            torch.autograd.backward(at, given)
 
 
 @dataclass(eq=False)
@@ -127,6 +124,8 @@ class _Deferred(torch.autograd.Function):
         pairs = [(e, g) for e, g in zip(ctx.edges, grads, strict=True) if g is not None and e is not None]
         outs, given = [e for e, _ in pairs], [g for _, g in pairs]
         received, own = ctx.received, ctx.own
+        # This node outlives its turn; what the second half does not need is to go.
+        del ctx.received, ctx.own, ctx.edges
         if not outs:
             return None, None, None, None, *(None for _ in received)
         if ctx.whole:

@@ -124,13 +124,18 @@ class RankModel:
 
     def _cut_parts(self, named: Mapping[str, nn.Parameter], frees: bool) -> None:
         left = Counter(named[name] for name in self.used)
-        for name in self.used:
+        for param in {named[name] for name in self.split.graph.params} if frees else ():
+            if not left[param]:
+                let_go(param)
+        # The smallest first, so that a part is made when little else is there besides the whole model.
+        for name in sorted(self.used, key=lambda name: named[name].numel()):
             param = named[name]
             local = self.split.shard(self.split.graph.params[name], param.detach()).to(self.device).clone()
             self.params[name] = self._held(name, local, param.requires_grad)
             left[param] -= 1
             if frees and not left[param]:
                 let_go(param)
+        self.params = {name: self.params[name] for name in self.used}
 
     def _load_parts(self, named: Mapping[str, nn.Parameter], weights: Weights) -> None:
         self._weights = weights

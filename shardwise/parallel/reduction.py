@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shardwise.parallel.data import FIRST_BYTES, GradientSync, summed_buckets
 from shardwise.parallel.mesh import Axis, open_group
-from shardwise.parallel.rank import RankModel
+from shardwise.parallel.rank import RankModel, let_go
 from shardwise.parallel.recompute import block_of
 from shardwise.parallel.sharded import FlatBucket, ScatteredBucket, make_buckets
 
@@ -84,6 +84,7 @@ class Reduction:
             low = bucket.axis.rank * part
             bucket.shard.data = full[low : low + part]
             for i, (name, view) in enumerate(zip(bucket.names, bucket.views(full), strict=True)):
+                let_go(self.model.params[name])
                 self.model.params[name] = nn.Parameter(view)
                 a, b = bucket.span(i)
                 if b > a:

@@ -12,7 +12,7 @@ from shardwise.search.explain import Explanation
 from shardwise.search.planner import Priced
 
 _SECONDS = ("computing", "communication", "overhead of the host", "bubble", "update")
-_BYTES = ("parameters", "gradients", "optimizer", "activations", "buffers", "reserve")
+_BYTES = ("parameters", "gradients", "optimizer", "activations", "buffers", "reserve", "whole model")
 
 
 def page(e: Explanation) -> str:

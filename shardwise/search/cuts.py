@@ -237,19 +237,22 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     ranks, n = case.plan.pipeline, len(bounds)
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
     kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
-    bytes_of: dict[int, tuple[Array, Array, Array]] = {}
+    bytes_of: dict[int, tuple[Array, Array, Array, Array]] = {}
     for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
-        counts = ((0.0,), (1.0,), (1.0, 1.0))
-        alone, one, half = (np.add.reduce(list(case.memory(held, *those).values())) for those in counts)
+        counts = ((0.0,), (1.0,), (2.0, 1.0), (2.0, 2.0))
+        alone, one, half, both = (np.add.reduce(list(case.memory(held, *those).values())) for those in counts)
         # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
-        bytes_of[id(table)] = alone, one - alone, half - one
+        each, more = one - alone, both - half
+        bytes_of[id(table)] = alone, half - 2 * each - more, each, more
     fixed = case.profile.fixed * (1 + case.reserve)
 
     def needs(rank: int, begins: Any) -> Array:
         """Bytes of the stretches that begin at some bounds, as one of a rank's stages."""
-        alone, each, more = (values[begins] for values in bytes_of[id(case.held[rank])])
-        found: Array = alone + (case.in_flight(rank, ranks * chunks) * each + case.half_done(rank) * more) / chunks
+        alone, halved, each, more = (values[begins] for values in bytes_of[id(case.held[rank])])
+        half = case.half_done(rank)
+        found: Array = halved if half else alone
+        found = found + (case.in_flight(rank, ranks * chunks) * each + half * more) / chunks
         return found
 
     rooms = []

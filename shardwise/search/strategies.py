@@ -64,7 +64,9 @@ class Maker:
 
     def __init__(self, job: Job, graph: Graph, cluster: Cluster | None = None) -> None:
         self.job, self.graph, self._given = job, graph, cluster
-        self.pricer = Pricer(graph, replace(PROFILES["shardwise"], state=0 if graph.predicts else state_bytes(job)))
+        # Weights that are read from files are read in parts.
+        state, whole = 0 if graph.predicts else state_bytes(job), job.weights is None
+        self.pricer = Pricer(graph, replace(PROFILES["shardwise"], state=state, whole=whole))
         self._dims: dict[int, tuple[str, ...]] = {}
         self._groups: dict[int, list[tuple[str, ...]]] = {}
         self._here: dict[int, Cluster] = {}

@@ -1,10 +1,12 @@
-"""Memory of ranks: what is foretold is what they allocate at the fullest moment."""
+"""Memory of ranks: what is foretold is what they allocate at the fullest moment, and an engine's goes with it."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 from dataclasses import replace
 from functools import cache
+from weakref import ref
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from benchmarks.regret_rank import fullest, weigh
 from shardwise.cost.pricer import Pricer
 from shardwise.cost.profile import PROFILES
+from shardwise.engine.engine import parallelize
+from shardwise.engine.launch import joined
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.machine.cluster import Cluster
@@ -165,3 +169,23 @@ def exchanged() -> list[bool]:
 
 def test_what_collectives_give_need_not_be_copied_to_be_read(pool: Pool) -> None:
     assert all(map(all, pool(2).run(exchanged, timeout=30)))
+
+
+def kept(job: Job, texts: list[str]) -> list[str]:
+    """Of each plan what is still there of an engine that nobody has any more."""
+    found = []
+    with joined():
+        for text in texts:
+            engine = parallelize(job, Plan.parse(text))
+            engine.step(job.batch(range(8)))
+            axis = ref(engine.mesh.axes[0])
+            del engine
+            gc.collect()
+            found += [text] if axis() is not None else []
+    return found
+
+
+def test_an_engine_goes_with_all_that_it_had(pool: Pool) -> None:
+    job, maker = made()
+    texts = [plan.text() for plan in (*plans().values(), maker.plan({"data": 2}, zero=3))]
+    assert pool(2).run(kept, job, texts, timeout=100) == [[], []]

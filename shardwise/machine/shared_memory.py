@@ -112,10 +112,11 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
         self._name = name
 
     def shutdown(self) -> None:
-        """Take no further part; others that wait for this rank fail."""
+        """Take no further part, and let go of memory and connections; others that wait for this rank fail."""
         if self._slots is not None:
             self._slots.close()
         self._gloo.shutdown()
+        self._slots = self._gloo = None  # torch itself may keep groups, in default arguments of its own functions
 
     # -- what torch.distributed calls ----------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwise.machine.shared_memory import shares_memory
 from shardwise.parallel.mesh import Axis
 
 Sizes = Sequence[int]
@@ -60,9 +61,9 @@ def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
     mine = split_view(x.contiguous(), pos, lead, sizes[axis.rank])
     axis.record("all_gather", mine.narrow(pos + 1, 0, 1).numel() * max(sizes) * mine.element_size())
     whole = x.new_empty(_resized(x.shape, pos, sizes[axis.rank], sum(sizes)))
-    # What reads the whole need not copy it; where parts are one behind the other, they arrive where they belong.
+    # What reads the whole need not copy it. Parts arrive where they belong, but not every backend takes gaps.
     places = _parts(whole, pos, lead, sizes)
-    if len(set(sizes)) == 1 and all(place.is_contiguous() for place in places):
+    if len(set(sizes)) == 1 and (shares_memory(axis.group) or all(place.is_contiguous() for place in places)):
         dist.all_gather(list(places), mine, group=axis.group)
         return whole
     own = padded(mine, max(sizes), pos + 1)
@@ -77,8 +78,9 @@ def sum_parts(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tenso
     """This rank's part of the sum over the axis (reduce-scatter)."""
     if axis.group is None:
         return x
-    # Not every backend takes parts with gaps.
-    parts = [padded(part, max(sizes), pos + 1).contiguous() for part in _parts(x, pos, lead, sizes)]
+    parts = [padded(part, max(sizes), pos + 1) for part in _parts(x.contiguous(), pos, lead, sizes)]
+    if not shares_memory(axis.group):
+        parts = [part.contiguous() for part in parts]
     out = x.new_empty(parts[0].shape)
     axis.record("reduce_scatter", out.numel() * out.element_size() * axis.size)
     dist.reduce_scatter(out, parts, group=axis.group)

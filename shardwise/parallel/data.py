@@ -7,8 +7,9 @@ over micro-batches nothing is sent.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,7 @@ class GradientSync:
         self._where = {p: (bucket, i) for bucket in self.buckets for i, p in enumerate(bucket.params)}
         self._next = 0
         self._active = False
-        self._handles = [p.register_post_accumulate_grad_hook(self._ready) for p in self._where]
+        self._handles = [p.register_post_accumulate_grad_hook(weakly(self._ready)) for p in self._where]
 
     def begin(self) -> None:
         """The backward pass that comes is the last of this step: send buckets as they fill."""
@@ -124,6 +125,22 @@ class SummedBucket(Bucket):
     def wait(self) -> None:
         self.work.wait()
         self.work = None
+
+
+def weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """What calls a method for as long as its object is there, and does not keep it.
+
+    What a parameter calls is held where the garbage collector cannot look: an object that has the parameter, and is
+    called by it, would never be freed.
+    """
+    found = WeakMethod(method)
+
+    def call(*given: object) -> None:
+        there = found()
+        if there is not None:
+            there(*given)
+
+    return call
 
 
 def take_gradient(param: nn.Parameter, view: Tensor) -> None:

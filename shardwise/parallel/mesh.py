@@ -168,6 +168,8 @@ def open_group(ranks: Sequence[int], axis: str, use: str = "") -> tuple[dist.Pro
         the group, and whether it is new. One that an earlier mesh opened for the same is taken again.
     """
     assert dist.group.WORLD is not None
+    for ended in [world for world in _OPEN if world is not dist.group.WORLD]:
+        del _OPEN[ended]
     groups = _OPEN.setdefault(dist.group.WORLD, {})
     key = (axis, use, *ranks)
     new = key not in groups

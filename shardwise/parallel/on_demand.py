@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from shardwise.errors import RunError
+from shardwise.parallel.data import weakly
 from shardwise.parallel.mesh import Axis, Mesh, Recorder, open_group
 from shardwise.parallel.sharded import FlatBucket
 
@@ -102,7 +103,7 @@ class OnDemand(TorchFunctionMode):
         self.used: set[str] = set()
         for i, members in enumerate(self._params):
             for name, param in zip(buckets[i].names, members, strict=True):
-                param.register_post_accumulate_grad_hook(partial(self._arrived, i, name))
+                param.register_post_accumulate_grad_hook(partial(weakly(self._arrived), i, name))
             self._let_go(i)
 
     def announce(self, recorder: Recorder, micros: int) -> None:

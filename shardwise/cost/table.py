@@ -359,6 +359,8 @@ class Table:
         at = np.array(bounds)
         entries, sizes, tensors, summed = self.weights.between(at)
         largest, growing = self._most_back(at)
+        # What the model returns crosses the end, and goes to no stage.
+        crossing = np.where(at == len(self.graph.ops), 0.0, self.live[at])
         return Held(
             kept=_differences(self._kept[at]),
             halved=_differences(self._halved[at]),
@@ -366,7 +368,7 @@ class Table:
             inside=self._most_inside(at),
             largest=largest,
             growing=growing,
-            passed=np.triu(self.live[at][:, None] + self.live[at][None, :], 1),
+            passed=np.triu(crossing[:, None] + crossing[None, :], 1),
             weights=entries,
             weight_bytes=sizes,
             tensors=tensors,

@@ -112,7 +112,9 @@ def _in_turns(job: Job, graph: Graph, plans: list[str], batches: list[Any], seco
             ]
             if not _agreed(any(go) and (k < 1 or time.monotonic() < until), go):
                 break
-            for i, engine in enumerate(engines):
+            for at in range(len(engines)):
+                i = (k + at) % len(engines)  # whom another plan's steps come before is another each time
+                engine = engines[i]
                 # The first step of a turn finds the memory as another plan left it.
                 for again in range(go[i] * (1 + TURN)):
                     taken, other = _step(engine, batches[again % 2])

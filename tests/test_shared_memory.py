@@ -17,6 +17,7 @@ from shardwise.engine.launch import Ranks, joined
 from shardwise.errors import LostRankError
 from shardwise.machine.backend import Backend
 from shardwise.machine.shared_memory import shares_memory
+from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import open_group
 from tests.pool import Pool
 
@@ -77,10 +78,10 @@ def _pairs(group: dist.ProcessGroup, dtype: torch.dtype, n: int) -> Iterator[tup
     yield "all_to_all of unequal parts", found, true
 
 
-def _unlike_gloo(dtype: torch.dtype) -> list[str]:
+def _unlike_gloo(dtype: torch.dtype, shared: bool = True) -> list[str]:
     with joined() as place:
         group, _ = open_group(range(place.world), "test")
-        assert shares_memory(group)
+        assert shares_memory(group) is shared
         torch.manual_seed(place.rank)
         return [
             f"{name} of {n}" for n in SIZES for name, found, true in _pairs(group, dtype, n)
@@ -241,6 +242,35 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     with Ranks(2, backend=Backend.cpu(), collective_timeout=2.0) as ranks:
         said, _ = ranks.run(_late, timeout=60)
     assert re.fullmatch("rank 0 of a group timed out after 2 s of waiting for rank 1", said)
+
+
+def _seen() -> list[tuple[str, str, int, int]]:
+    """What is counted of one collective of each kind, and of what one rank sends to the next."""
+    with joined() as place, Collectives() as seen:
+        group, _ = open_group(range(place.world), "test")
+        x, parts = torch.ones(4), list(torch.ones(2, 4))
+        dist.all_reduce(x, group=group)
+        dist.all_gather(parts, x, group=group)
+        dist.reduce_scatter(x, parts, group=group)
+        dist.all_to_all_single(torch.empty(4), x, group=group)
+        dist.broadcast(x, 0, group=group)
+        if place.rank == 0:
+            dist.send(x, 1, group=group)
+        else:
+            dist.recv(x, 0, group=group)
+        dist.barrier()
+        return [(t.kind, t.axis, t.count, t.bytes) for t in seen.take() if t.axis == "test"]
+
+
+@pytest.mark.parametrize("shared", ["1", "0"])
+def test_every_way_works_and_is_counted_once(monkeypatch: pytest.MonkeyPatch, shared: str) -> None:
+    monkeypatch.setenv("SHARDWISE_SHARED_MEMORY", shared)
+    kinds = {"all_gather": 16, "all_reduce": 16, "all_to_all": 16, "broadcast": 16, "reduce_scatter": 32}
+    with Ranks(2, backend=Backend.cpu()) as ranks:
+        assert ranks.run(_unlike_gloo, torch.float32, shared == "1", timeout=100) == [[], []]
+        first, second = ranks.run(_seen, timeout=60)
+    assert second == [(kind, "test", 1, size) for kind, size in kinds.items()]
+    assert first == [*second, ("send", "test", 1, 16)]
 
 
 def _shares() -> tuple[bool, list[float]]:

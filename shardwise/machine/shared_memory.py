@@ -31,13 +31,16 @@ _FOLDS: tuple[tuple[Any, Callable[..., Tensor]], ...] = (
     (dist.ReduceOp.MIN, torch.minimum),
     (dist.ReduceOp.PRODUCT, torch.mul),
 )
-_KINDS = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "gather", "broadcast", "all_to_all", "send")
+_KINDS = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "gather", "broadcast", "all_to_all")
 SPAN = "shardwise:collective"
 """What torch's profiler calls the time that a rank spends in a collective, waiting for others included."""
 
 Observer = Callable[[str, dist.ProcessGroup, int], None]
 OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
-"""Is told of each collective its kind, its group and the bytes that this rank hands in; torch's dispatcher is not."""
+"""Is told of each collective through shared memory its kind, its group and the bytes that this rank hands in.
+
+torch's dispatcher sees the others.
+"""
 
 
 def register() -> str:
@@ -98,7 +101,7 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo: Any = _gloo(store, rank, size, timeout)
         file = meet(store, rank, size)
         self._slots = None if file is None else Slots(file, rank, size, timeout.total_seconds())
         self.shares_memory = file is not None
@@ -110,6 +113,11 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
 
     def _set_group_name(self, name: str) -> None:
         self._name = name
+        self._gloo._set_group_name(name)
+
+    def _set_group_desc(self, desc: str) -> None:
+        super()._set_group_desc(desc)
+        self._gloo._set_group_desc(desc)
 
     def shutdown(self) -> None:
         """Take no further part, and let go of memory and connections; others that wait for this rank fail."""
@@ -121,10 +129,10 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
     # -- what torch.distributed calls ----------------------------------------------------------------------------------
 
     def allreduce(self, tensors: list[Tensor], opts: Any) -> Any:
-        self._tell("all_reduce", tensors)
         fold = _fold_of(opts.reduceOp)
         if self._slots is None or fold is None:
             return self._gloo.allreduce(tensors, opts)
+        self._tell("all_reduce", tensors)
         x = flat(tensors[0])[None]
         if self.size() > 2 and x.nbytes > _DIRECT_BYTES:
             parts = x.split(-(-x.numel() // self.size()), dim=1)
@@ -134,51 +142,53 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
         return self._reduce("all_reduce", x, fold, range(self.size()))
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Any:
-        self._tell("reduce", tensors)
         fold = _fold_of(opts.reduceOp)
         if self._slots is None or fold is None:
             return self._gloo.reduce(tensors, opts)
+        self._tell("reduce", tensors)
         return self._reduce("reduce", flat(tensors[0])[None], fold, (opts.rootRank,))
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Any:
-        self._tell("reduce_scatter", inputs[0])
         fold = _fold_of(opts.reduceOp)
         if self._slots is None or fold is None:
             return self._gloo.reduce_scatter(outputs, inputs, opts)
+        self._tell("reduce_scatter", inputs[0])
         return self._reduce_scatter(*alike(outputs[0], inputs[0]), fold)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Any:
-        self._tell("all_gather", inputs)
         if self._slots is None:
             return self._gloo.allgather(outputs, inputs, opts)
+        self._tell("all_gather", inputs)
         x, outs = alike(inputs[0], outputs[0])
         return self._gather(outs, x)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Any:
-        self._tell("gather", inputs)
         if self._slots is None:
             return self._gloo.gather(outputs, inputs, opts)
+        self._tell("gather", inputs)
         x, outs = alike(inputs[0], outputs[0] if outputs else inputs)
         return self._gather(outs if outputs else None, x)
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
-        self._tell("broadcast", tensors)
         if self._slots is None:
             return self._gloo.broadcast(tensors, opts)
+        self._tell("broadcast", tensors)
         return self._broadcast(flat(tensors[0])[None], opts.rootRank)
 
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any
     ) -> Any:
-        self._tell("all_to_all", [input])
         if self._slots is None:
             return self._gloo.all_to_all_single(output, input, output_splits, input_splits, opts)
+        self._tell("all_to_all", [input])
         return self._all_to_all(output, input, output_splits, input_splits)
 
     def alltoall_base(self, *args: Any) -> Any:
         """What `all_to_all_single` is called before torch 2.13."""
+        if self._slots is None:
+            return self._gloo.alltoall_base(*args)
         self._tell("all_to_all", args[1:2])
-        return self._gloo.alltoall_base(*args) if self._slots is None else self._all_to_all(*args[:4])
+        return self._all_to_all(*args[:4])
 
     def barrier(self, opts: Any) -> Any:
         if self._slots is None:
@@ -186,7 +196,6 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
         return self._reduce("all_reduce", torch.zeros(1, 1, dtype=torch.uint8), torch.add, range(self.size()))
 
     def send(self, tensors: list[Tensor], to: int, tag: int) -> Any:
-        self._tell("send", tensors)
         return self._gloo.send(tensors, to, tag)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> Any:
@@ -286,6 +295,16 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
         with _span():
             rounds = self._slots.begin(Exchange(sign, x.dtype, pieces.count, put, take, after))
         return Pending(self._slots, rounds)
+
+
+def _gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """A process group of gloo, put together as torch.distributed does it."""
+    kind: Any = dist.ProcessGroup
+    group, backend = kind(store, rank, size), dist.ProcessGroupGloo(store, rank, size, timeout)
+    backend._set_sequence_number_for_group()
+    group._set_default_backend(kind.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), kind.BackendType.GLOO, backend)
+    return group
 
 
 def _span() -> AbstractContextManager[object]:

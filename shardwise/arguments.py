@@ -22,12 +22,17 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    """A number; 0 where it is none, which no option takes."""
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
 def gigabytes(text: str) -> float:
     """A number of gigabytes, as bytes."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
+    found = _number(text)
     if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of gigabytes above 0, but is {text!r}")
     return found * 1e9
@@ -35,10 +40,7 @@ def gigabytes(text: str) -> float:
 
 def temperature(text: str) -> float:
     """A number above 0."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
+    found = _number(text)
     if not 0 < found < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, but is {text!r}; without it nothing is drawn")
     return found
@@ -46,10 +48,7 @@ def temperature(text: str) -> float:
 
 def share(text: str) -> float:
     """A number above 0 and at most 1."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
+    found = _number(text)
     if not 0 < found <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, but is {text!r}")
     return found

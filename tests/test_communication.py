@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.measure.communication import exposed
+from shardwise.measure.communication import exposed, outside
 
 
 def test_a_collective_alone_counts_whole() -> None:
@@ -29,3 +29,9 @@ def test_short_pauses_between_operators_are_no_waits() -> None:
 
 def test_order_does_not_matter() -> None:
     assert exposed([(8.0, 9.0), (0.0, 2.0)], [(8.5, 8.75), (0.0, 1.0)]) == 1.75
+
+
+def test_operators_that_do_a_collective_are_no_computing() -> None:
+    spans = [(0.0, 2.0), (2.5, 3.0), (4.0, 4.5), (5.0, 6.0)]
+    assert outside(spans, [(2.0, 4.5), (7.0, 8.0)]) == [(0.0, 2.0), (5.0, 6.0)]
+    assert outside(spans, []) == spans

@@ -31,7 +31,7 @@ _FOLDS: tuple[tuple[Any, Callable[..., Tensor]], ...] = (
     (dist.ReduceOp.MIN, torch.minimum),
     (dist.ReduceOp.PRODUCT, torch.mul),
 )
-_KINDS = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "gather", "broadcast", "all_to_all")
+_KINDS = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
 SPAN = "shardwise:collective"
 """What torch's profiler calls the time that a rank spends in a collective, waiting for others included."""
 

@@ -212,15 +212,15 @@ def _predict(arguments: argparse.Namespace) -> Answer:
 
 def _generate(arguments: argparse.Namespace) -> Answer:
     _check_ranks(arguments)
-    # A step has one position of each sample, which no axis can split.
-    return generate(arguments, _job(arguments), partial(_inference_plan, arguments, fixed={"context": 1})), 0
+    return generate(arguments, _job(arguments), partial(_plan_of_steps, arguments)), 0
 
 
 def _serve(arguments: argparse.Namespace) -> Answer:
     from shardwise.serving.command import serve
 
     job = _job(arguments)
-    return serve(arguments, job, _inference_plan(arguments, job)), 0
+    plan_of = _inference_plan if arguments.generate is None else _plan_of_steps
+    return serve(arguments, job, plan_of(arguments, job)), 0
 
 
 @uncollected()
@@ -365,6 +365,16 @@ def _inference_plan(arguments: argparse.Namespace, job: Job, fixed: Mapping[str,
     if _first():
         print(f"{plan.text()}\n{plan.explain()}\n", flush=True)
     return plan
+
+
+def _plan_of_steps(arguments: argparse.Namespace, job: Job) -> Plan | None:
+    """The same for a model that generates: a step has one position of each sample, which no axis can split."""
+    if arguments.objective is not None and job.samples() == 0:
+        raise JobError(
+            "--objective chooses a plan for the job's own samples, of which there are 0; "
+            "give the job some as data, or give a plan (--plan)"
+        )
+    return _inference_plan(arguments, job, fixed={"context": 1})
 
 
 def _read_plan(path: Path) -> Plan:

@@ -88,6 +88,13 @@ class Mean(Split):
         return super().forward(tokens)[0].mean()
 
 
+def writer() -> Job:
+    """Which generates, in float64."""
+    from tests.zoo import generating
+
+    return generating.buffered().with_(model=lambda: generating.Buffered().double())
+
+
 def breaks() -> Job:
     """Which is built once, and never again."""
     if os.path.exists("built"):
@@ -151,8 +158,8 @@ class Server:
             answer = line.getresponse()
             return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
 
-    def ask(self, inputs: Any) -> tuple[int, Any]:
-        status, _, body = self.send("POST", "/predict", json.dumps({"inputs": inputs}))
+    def ask(self, inputs: Any, path: str = "/predict", **more: Any) -> tuple[int, Any]:
+        status, _, body = self.send("POST", path, json.dumps({"inputs": inputs, **more}))
         return status, json.loads(body)
 
     def outputs(self, inputs: Any) -> Any:

@@ -155,10 +155,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def test_the_page_shows_what_the_example_answers() -> None:
+@pytest.mark.parametrize(
+    ("block", "spec", "options"), [(1, "letters.py:job", ()), (2, "writer.py:job", ("--generate", "128"))]
+)
+def test_the_page_shows_what_the_example_answers(block: int, spec: str, options: tuple[str, ...]) -> None:
     page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
-    shown = page.partition("```console\n")[2].partition("```")[0].splitlines()
-    server = Server(f"{EXAMPLES}/letters.py:job", "--ranks", "2")
+    shown = page.split("```console\n")[block].partition("```")[0].splitlines()
+    server = Server(f"{EXAMPLES}/{spec}", "--ranks", "2", *options)
     try:
         for command, answer in zip(shown[::2], shown[1::2], strict=True):
             path, _, body = command.partition("127.0.0.1:8000")[2].partition(" -d ")

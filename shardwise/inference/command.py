@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardwise.arguments import numbers, positive, share, temperature, whole
-from shardwise.errors import JobError
 
 if TYPE_CHECKING:
     from shardwise.job import Job
@@ -136,11 +135,6 @@ def generate(arguments: argparse.Namespace, job: Job, plan_of: PlanOf) -> dict[s
 
     with redirect_stdout(sys.stderr if arguments.output is None else stdout):
         prompts = read_prompts(arguments.input, arguments.field)
-        if arguments.objective is not None and job.samples() == 0:
-            raise JobError(
-                "--objective chooses a plan for the job's own samples, of which there are 0; "
-                "give the job some as data, or give a plan (--plan)"
-            )
         plan = plan_of(job)
         run = {"code": code_of(arguments.spec), "input": [*identity_of(arguments.input), arguments.field]}
         given = {name: getattr(arguments, name) for name in _HOW}

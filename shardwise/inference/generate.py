@@ -201,7 +201,8 @@ class _Work:
             group = self.groups[number]
             prompts = [self.task.prompts[i] for i in group]
             samples = [self.task.first + i for i in group]
-            yield number, [t.tolist() for t in complete(self.steps, prompts, samples, self.task.wanted)]
+            wanted = [self.task.wanted] * len(group)
+            yield number, [t.tolist() for t in complete(self.steps, prompts, samples, wanted)]
 
 
 # --- a launch's ranks -------------------------------------------------------------------------------------------------

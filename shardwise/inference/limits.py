@@ -15,6 +15,9 @@ from shardwise.graph.capture import Captured
 from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import operator_name
 
+_ANY = 1 << 62
+"""More tokens than any vocabulary has."""
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -67,6 +70,19 @@ def check_takes(takes: Callable[[int, int], bool], model: str, demand: Demand) -
     if not takes(demand.largest, 0):
         size = bisect_left(range(demand.largest), True, key=lambda token: not takes(token, 0))
         raise _unknown(demand, model, size)
+
+
+def vocabulary_of(captured: Captured) -> int:
+    """What the tokens of a captured step have to be below."""
+    size = _outgrown(captured, _ANY - 1, 0)
+    return _ANY if size is None else size
+
+
+def vocabulary_tried(takes: Callable[[int, int], bool], logits: int) -> int:
+    """The same of a model that is not captured, by trying it; no more than it has logits."""
+    if takes(logits - 1, 0) or not takes(0, 0):
+        return logits
+    return bisect_left(range(logits), True, key=lambda token: not takes(token, 0))
 
 
 def _too_long(demand: Demand, model: str, size: int) -> JobError:

@@ -21,7 +21,7 @@ from shardwise.graph.eager import Lifted
 from shardwise.graph.garbage import uncollected
 from shardwise.graph.graph import Graph
 from shardwise.graph.step import Step, step_of
-from shardwise.inference.limits import Demand, check_fits, check_takes
+from shardwise.inference.limits import Demand, check_fits, check_takes, vocabulary_of, vocabulary_tried
 from shardwise.inference.prediction import Replica, for_prediction
 from shardwise.job import Job, lift, lifts
 from shardwise.parallel.channels import Channels
@@ -58,6 +58,9 @@ class Steps(Protocol):
 
     def agree(self, tokens: Tensor) -> Tensor:
         """The next tokens, [samples], on every rank of the replica, from the one that hands out."""
+
+    def vocabulary(self) -> int:
+        """What tokens have to be below; the same on every rank of the replica. The cache is begun anew."""
 
     def state_bytes(self) -> int:
         """Bytes of the cache on this rank."""
@@ -146,6 +149,13 @@ class ModuleSteps:
     def agree(self, tokens: Tensor) -> Tensor:
         return tokens
 
+    def vocabulary(self) -> int:
+        samples = self.fixed or 1
+        self.begin(samples)
+        logits = self.step(torch.zeros((samples, 1), dtype=torch.int64), 0)
+        assert logits is not None
+        return vocabulary_tried(self._takes, logits.shape[-1]) if self._device.type == "cpu" else logits.shape[-1]
+
     def state_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._state)
 
@@ -161,6 +171,7 @@ class GraphSteps:
         self.fixed, self._gives = _fixed(step, job), Replica.of(plan, mesh.rank).giver == mesh.rank
         graph = _graph(step, job, 1)
         check_fits(graph.captured, type(module).__name__, demand)
+        self._vocabulary = vocabulary_of(graph.captured)
         plan, bounds = for_prediction(job, plan.with_(micro_batches=1), module, graph, purposes=("train", "predict"))
         inner = Mesh(tuple(axis for axis in mesh.axes if axis.name not in plan.data), mesh.rank, mesh.recorder)
         plan = plan.with_(axes=tuple(_without_batch(axis) for axis in plan.replica().axes))
@@ -220,6 +231,9 @@ class GraphSteps:
                 last = stage_rank(self._model.split.plan.stages - 1, axis.size) if axis.name == PIPELINE else 0
                 dist.broadcast(tokens, src=axis.ranks[last], group=axis.group)
         return tokens
+
+    def vocabulary(self) -> int:
+        return self._vocabulary
 
     def state_bytes(self) -> int:
         state = [b for name, b in self._model.buffers.items() if name in self._model.split.graph.state]

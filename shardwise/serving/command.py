@@ -27,6 +27,8 @@ _BACKLOG = 2048
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `serve`, beside those that say which job, by which plan, on how many ranks, in which numbers."""
     add = parser.add_argument
+    text = "generate the tokens behind prompts instead, of up to N positions with their new tokens"
+    add("--generate", type=positive, metavar="N", help=text)
     add("--batch", type=positive, metavar="N", help="samples of a batch at most, instead of the job's own")
     add("--wait-ms", type=milliseconds, default="5", metavar="MS", help="a batch waits so long for others (5)")
     add("--queue", type=positive, default=256, metavar="N", help="samples that may wait; more get 503 (256)")
@@ -66,6 +68,9 @@ def serve(arguments: argparse.Namespace, job: Job, plan: Plan | None) -> dict[st
 
     if launched():
         raise LaunchError("shardwise serve starts its ranks by itself; run it without torchrun, with --ranks N")
+    for option in ("precision", "fields"):
+        if arguments.generate is not None and getattr(arguments, option) is not None:
+            raise LaunchError(f"--{option} is for outputs, and --generate serves tokens; leave one of them out")
     try:
         from shardwise.serving.service import Service
         from shardwise.serving.web import application
@@ -83,6 +88,7 @@ def serve(arguments: argparse.Namespace, job: Job, plan: Plan | None) -> dict[st
             fields=arguments.fields,
             wait=arguments.wait_ms,
             queue=arguments.queue,
+            positions=arguments.generate,
         )
         address = _address(listener)
         try:
@@ -133,7 +139,7 @@ def _first_line(service: Service, address: str) -> str:
     held = f"weights in {service.precision}, " if service.precision is not None else ""
     return (
         f"{address} serves {service.job.title()}: {plan.title()}, {ranks}{replicas}, {held}batches of up to "
-        f"{service.job.global_batch} samples with {', '.join(service.intake.names)}; Ctrl-C stops it"
+        f"{service.job.global_batch} {service.intake.takes}; Ctrl-C stops it"
     )
 
 

@@ -32,7 +32,7 @@ class Given:
 
 
 class Intake:
-    """Reads the bodies of requests.
+    """Reads the bodies of requests for outputs.
 
     Args:
         job: whose samples they are to be like.
@@ -45,6 +45,8 @@ class Intake:
         JobError: the job has no sample to know fields from, has no such fields, or its collate does not take samples of
             these fields alone.
     """
+
+    path = "/predict"
 
     def __init__(self, job: Job, names: Sequence[str] | None, *, whole: bool, most: int) -> None:
         self._collate, self._collates, self._most = job.collate or default_collate, job.collate is not None, most
@@ -76,6 +78,11 @@ class Intake:
         if whole and self._collates:
             self._shapes = [tuple(t.shape[1:]) for t in batch_tensors(example)]
 
+    @property
+    def takes(self) -> str:
+        """What batches are of, in words."""
+        return f"samples with {', '.join(self.names)}"
+
     def example(self, samples: int) -> Batch:
         """A batch of the job's first sample, so many times over.
 
@@ -104,7 +111,7 @@ class Intake:
         Raises:
             Refused: 400, it is not JSON; 422, it does not fit the job's samples.
         """
-        inputs = _inputs(body)
+        inputs = read_object(body, "a sample, or a list of samples")["inputs"]
         one = not isinstance(inputs, list)
         samples = [inputs] if one else inputs
         if not 1 <= len(samples) <= self._most:
@@ -115,8 +122,7 @@ class Intake:
                 *(self._sample(sample, "" if one else f"sample {i}: ") for i, sample in enumerate(samples)), strict=True
             )
         except FieldError as error:
-            told = {"field": error.field, "expected": error.expected, "given": error.given}
-            raise Refused(422, str(error), **told) from error
+            raise Refused.by(error) from error
         if len(set(kinds)) > 1:
             raise Refused(422, "the samples of a request must have the same fields; send those of each kind by itself")
         if self._collates:
@@ -193,7 +199,12 @@ def _served(fields: Fields) -> tuple[str, ...]:
     return tuple(name for name, field in fields.fields.items() if field.needed) or tuple(fields.fields)
 
 
-def _inputs(body: bytes) -> Any:
+def read_object(body: bytes, inputs: str) -> dict[str, Any]:
+    """The object of a body, which has "inputs": it is what `inputs` says.
+
+    Raises:
+        Refused: 400, it is not JSON; 422, it has none.
+    """
     try:
         found = json.loads(body, parse_constant=_no_constant)
     except RecursionError:
@@ -204,13 +215,13 @@ def _inputs(body: bytes) -> Any:
         given = ", ".join(map(repr, found)) or "nothing" if isinstance(found, dict) else _kind(found)
         raise Refused(
             422,
-            'the body must be an object with "inputs": a sample, or a list of samples; it '
+            f'the body must be an object with "inputs": {inputs}; it '
             + (f"has {given}" if isinstance(found, dict) else f"is {given}"),
             field="inputs",
             expected=["inputs"],
             given=given,
         )
-    return found["inputs"]
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

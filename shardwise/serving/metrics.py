@@ -19,7 +19,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "shardwise_requests", "Requests to /predict by status; 499 is a client that left", ["status"],
+            "shardwise_requests", "Requests by status; 499 is a client that left", ["status"],
             registry=registry,
         )  # fmt: skip
         self._seconds = Histogram(
@@ -27,6 +27,7 @@ class Metrics:
             registry=registry, buckets=_SECONDS,
         )  # fmt: skip
         self._samples = Counter("shardwise_samples", "Samples computed", registry=registry)
+        self._tokens = Counter("shardwise_new_tokens", "Tokens generated, of requests that got them", registry=registry)
         self._batches = Histogram(
             "shardwise_batch_samples", "Samples of a batch that was computed", registry=registry, buckets=_SAMPLES
         )
@@ -52,6 +53,10 @@ class Metrics:
         self._requests.labels(str(status)).inc()
         if status == 200:
             self._seconds.observe(seconds)
+
+    def tokens(self, count: int) -> None:
+        """Tokens were generated, and answered."""
+        self._tokens.inc(count)
 
     def batch(self, samples: int, seconds: float) -> None:
         """A batch was computed."""

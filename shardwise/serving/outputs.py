@@ -24,16 +24,17 @@ def outline(form: Any) -> Any:
     return _number(form) if isinstance(form, float) else form
 
 
-def columns(tensors: Sequence[Tensor], dims: Sequence[int]) -> list[list[Any]]:
+def columns(tensors: Sequence[Tensor | list[Any]], dims: Sequence[int]) -> list[list[Any]]:
     """Of each tensor what it has for each sample, as JSON has it.
 
     Tensors are nested lists. Numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity", as in the
     JSON of Protocol Buffers; complex ones are pairs.
 
     Args:
+        tensors: a list has something for each sample already.
         dims: along which the samples lie.
     """
-    return [_lists(tensor.movedim(dim, 0)) for tensor, dim in zip(tensors, dims, strict=True)]
+    return [_lists(t.movedim(dim, 0)) if isinstance(t, Tensor) else t for t, dim in zip(tensors, dims, strict=True)]
 
 
 def by_sample(answer: Answer) -> list[Any]:

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 from shardwise.engine.launch import Ranks
 from shardwise.errors import LostRankError, RunError, ShardwiseError
-from shardwise.job import Batch
 from shardwise.machine.backend import Backend
 from shardwise.serving.outputs import columns
 from shardwise.serving.ranks import Computed, Failed, Inbox, Ready, Task, Word, compute_batches
@@ -68,14 +67,14 @@ class Duty:
         task: what its ranks are told, without their inboxes.
         seating: where they run.
         waiting: where batches come from.
-        collate: makes a batch of samples.
+        collate: makes of samples what the ranks are sent.
         observer: is told what happens.
     """
 
     task: Task
     seating: Seating
     waiting: Waiting
-    collate: Callable[[list[Any]], Batch]
+    collate: Callable[[list[Any]], Any]
     observer: Observer
 
 
@@ -155,7 +154,7 @@ class _Life:
         """Ranks that are ready."""
         self._dims: tuple[int, ...] = ()
         self._flying: dict[int, _Batch] = {}
-        self._failed: dict[int, str] = {}
+        self._failed: dict[int, Failed] = {}
         self.began: float | None = None
         """When it was ready, by the monotonic clock."""
 
@@ -228,13 +227,13 @@ class _Life:
             return len(self._told) == self._duty.task.plan.ranks
         if isinstance(word, Failed) and not word.goes_on:
             # Later ones are echoes of the first; and that may be the echo of another rank's end, which is heard next.
-            self._failed.setdefault(word.number, word.message)
+            self._failed.setdefault(word.number, word)
             return False
         with self._duty.waiting.changed:
             batch = self._flying.pop(word.number)
             self._duty.waiting.changed.notify_all()
         if isinstance(word, Failed):
-            self._raised(batch, word.message)
+            self._raised(batch, word)
         else:
             self._answer(batch, word)
         return False
@@ -247,12 +246,16 @@ class _Life:
         for request, stop in zip(batch.requests, stops, strict=True):
             request.give(Answer(word.form, found, stop - len(request.rows), stop))
 
-    def _raised(self, batch: _Batch, message: str) -> None:
+    def _raised(self, batch: _Batch, word: Failed) -> None:
         """The requests of a batch that fails are computed again each by itself; who then fails is told."""
         if len(batch.requests) > 1:
             self._duty.waiting.put_back(batch.requests, alone=True)
-        for request in batch.requests if len(batch.requests) == 1 else ():
-            request.refuse(Refused(500, f"the model failed on it: {message}"))
+            return
+        for request in batch.requests:
+            if word.unfit is not None:
+                request.refuse(Refused.by(word.unfit))
+            else:
+                request.refuse(Refused(500, f"the model failed on it: {word.message}"))
 
     def _end(self, error: ShardwiseError | None) -> None:
         with self._duty.waiting.changed:
@@ -270,7 +273,7 @@ class _Life:
 
     def _send(self, pipes: list[tuple[Connection[Any, Any], Connection[Any, Any]]]) -> None:
         writers = [writer for _, writer in pipes]
-        changed, together = self._duty.waiting.changed, self._duty.task.plan.pipeline
+        changed, together = self._duty.waiting.changed, self._duty.task.together
         for number in count(2):  # 0 and 1 were computed to try the model
             requests = self._duty.waiting.take(lambda: len(self._flying), together, lambda: self._stopped or self._over)
             if requests is None:
@@ -282,7 +285,7 @@ class _Life:
             try:
                 collated = self._duty.collate([row for request in here for row in request.rows])
             except Exception as error:
-                self._raised(batch, f"collate: {type(error).__name__}: {error}")
+                self._raised(batch, Failed(number, f"collate: {type(error).__name__}: {error}", True))
                 continue
             message = pickle.dumps((number, collated), pickle.HIGHEST_PROTOCOL)
             with changed:

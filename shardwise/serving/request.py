@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from shardwise.errors import FieldError
+
 
 class Refused(Exception):
     """A request that gets no outputs.
@@ -21,6 +23,11 @@ class Refused(Exception):
     def __init__(self, status: int, message: str, **told: Any) -> None:
         super().__init__(message)
         self.status, self.message, self.told = status, message, told
+
+    @classmethod
+    def by(cls, error: FieldError) -> Refused:
+        """422, because of a field."""
+        return cls(422, str(error), field=error.field, expected=error.expected, given=error.given)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,8 @@ from shardwise.machine.backend import Backend
 from shardwise.plan.plan import Plan
 from shardwise.serving.intake import Intake
 from shardwise.serving.metrics import Metrics
-from shardwise.serving.ranks import Task
+from shardwise.serving.prompts import Generating, Prompts
+from shardwise.serving.ranks import Predicting, Task
 from shardwise.serving.replica import Duty, Replica, Seating
 from shardwise.serving.request import Refused, Request
 from shardwise.serving.waiting import Waiting
@@ -38,6 +39,7 @@ class Service:
         fields: of a sample that requests have; None means those that the model needs.
         wait: seconds that the first request of a batch waits for others.
         queue: samples that may wait.
+        positions: of a prompt and its new tokens, where those are served as by `generate`; None serves outputs.
         log: gets a line when a replica ends, and when it is there again.
 
     Raises:
@@ -55,6 +57,7 @@ class Service:
         fields: Sequence[str] | None = None,
         wait: float = 0.005,
         queue: int = 256,
+        positions: int | None = None,
         log: TextIO | None = None,
     ) -> None:
         plan = fitting(plan, ranks, job)
@@ -65,7 +68,16 @@ class Service:
         if precision is not None:
             check_precision(precision)
         self.job, self.plan, self.precision = job, plan, precision
-        self.intake = Intake(job, fields, whole=inner.ranks > 1 or bool(inner.cuts), most=job.global_batch)
+        self.intake: Intake | Prompts
+        task: Task
+        sent = Sent.of(job, spec), inner, job.global_batch, ()
+        if positions is None:
+            self.intake = Intake(job, fields, whole=inner.ranks > 1 or bool(inner.cuts), most=job.global_batch)
+            task = Predicting(*sent, precision, self.intake.example(2))
+        else:
+            self.intake = Prompts(positions, job.seed)
+            task = Generating(*sent, positions)
+        self.generates = positions is not None
         self.metrics = Metrics()
         self.failed: ShardwiseError | None = None
         """Why it gave up, if it did."""
@@ -75,7 +87,6 @@ class Service:
         self._waiting = Waiting(job.global_batch, wait, queue)
         self._changed = threading.Event()
         backend = Backend.detect(plan.ranks)
-        task = Task(Sent.of(job, spec), inner, precision, self.intake.example(2), job.global_batch, ())
         threads, firsts = backend.threads(plan.ranks), range(0, plan.ranks, inner.ranks)
         seats = [Seating(backend, threads, first) for first in firsts]
         self.replicas = [

@@ -29,29 +29,31 @@ _RETRY_AFTER = "1"  # seconds
 
 
 def application(service: Service, *, max_bytes: int) -> Starlette:
-    """The routes of a server: POST /predict, GET /healthz, GET /metrics.
+    """The routes of a server: POST /predict or /generate, GET /healthz, GET /metrics.
 
     Args:
         service: is started, and closed, by somebody else.
         max_bytes: of a body.
     """
 
-    async def predict(http: HttpRequest) -> Response:
+    async def answer(http: HttpRequest) -> Response:
         began = time.monotonic()
-        response = await _predicted(http)
+        response = await _answered(http)
         service.metrics.request(response.status_code, time.monotonic() - began)
         return response
 
-    async def _predicted(http: HttpRequest) -> Response:
+    async def _answered(http: HttpRequest) -> Response:
         try:
             given = service.intake.read(await _body(http, max_bytes))
             service.submit(given.request)
             try:
-                answer = await _unless_gone(http, asyncio.wrap_future(given.request.answer))
+                found = await _unless_gone(http, asyncio.wrap_future(given.request.answer))
             except (ClientDisconnect, asyncio.CancelledError):
                 service.forget(given.request)
                 raise
-            outputs = by_sample(answer)
+            outputs = by_sample(found)
+            if service.generates:
+                service.metrics.tokens(sum(map(len, outputs)))
             return _json(200, {"outputs": outputs[0] if given.one else outputs})
         except Refused as refused:
             return _refusal(refused)
@@ -68,12 +70,12 @@ def application(service: Service, *, max_bytes: int) -> Starlette:
 
     async def refused(http: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        routes = "POST /predict, GET /healthz, GET /metrics"
+        routes = f"POST {service.intake.path}, GET /healthz, GET /metrics"
         return _json(error.status_code, {"error": f"{http.method} {http.url.path}: there is {routes}"}, error.headers)
 
     return Starlette(
         routes=[
-            Route("/predict", predict, methods=["POST"]),
+            Route(service.intake.path, answer, methods=["POST"]),
             Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],

@@ -210,8 +210,11 @@ def drift(device: Device, speed: Sequence[Sequence[float]]) -> float:
     ratios = []
     for n, (i, j) in enumerate(watched()):
         probe, size = PROBES[i], sizes()[i][j]
-        (curve,) = (c for c in device.operators if (c.op, c.by) == (probe.op, probe.by))
-        said = curve.seconds(size) + curve.seconds(size, backward=True)
+        said = 0.0
+        for curve in device.operators:
+            if curve.op == probe.op and curve.by in (probe.by, "product bytes"):
+                count = size[curve.by != "operations"]
+                said += curve.seconds(count) + curve.seconds(count, backward=True)
         ratios += [times[n] / said for times in speed]
     return statistics.median(ratios)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.baselines import MICRO_BATCHES
 from shardwise.job import Job
 from shardwise.plan.plan import Plan
-from shardwise.search.strategies import strategies
+from shardwise.search.strategies import Maker, maker_of
 
 
 class NoPlan(Exception):
@@ -20,10 +20,11 @@ def plan_of(strategy: str, job: Job, ranks: int = 2) -> Plan:
     """
     if strategy == "one":
         return Plan()
-    found = next(c for c in strategies(job, ranks) if c.strategy == strategy)
+    maker = maker_of(job)
+    found = maker.candidate(strategy, ranks)
     if found.plan is None:
         raise NoPlan(found.reason)
-    if strategy == "pipeline":
+    if strategy == "pipeline" and isinstance(maker, Maker):
         # As torch's pipeline: batch statistics are of each micro-batch.
-        return found.plan.with_(micro_batches=MICRO_BATCHES, batch_norm="per-micro-batch")
+        return maker.cut(found.plan.with_(micro_batches=MICRO_BATCHES, batch_norm="per-micro-batch"), ranks)
     return found.plan

@@ -320,6 +320,20 @@ def test_interleaved_stages_wait_less() -> None:
     assert halves <= parts
 
 
+def test_a_bubble_is_filled_by_what_comes_in_halves() -> None:
+    """By products, which leave the gradients of their weights for later, and not by recurrent layers, which cannot."""
+    times = [1.0] * 4, [2.0] * 4, [0.0] * 3
+    halves, whole = (pipeline_seconds("zero-bubble", 4, 8, *times, later=[later] * 4) for later in (1.0, 0.0))
+    assert halves < whole == pytest.approx(pipeline_seconds("1f1b", 4, 8, *times))
+    cluster = Cluster.load("2x8xh100-sxm")
+    for name, op, share in (("gpt2", "aten.linear", 0.5), ("lstm_tagger", "aten.lstm", 0.0)):
+        case = pricer_of(name).case(Plan((PlanAxis(PIPELINE, 2),), ("-",), schedule="zero-bubble"), cluster, 8)
+        table = case.tables[1]
+        for at in (i for i, each in enumerate(table.graph.ops) if each.name == op and each.inputs):
+            stage = table.between([at, at + 1]).pick(0, 1)
+            assert float(stage.later) == pytest.approx(share * float(stage.backward)), (name, at)
+
+
 def test_the_slowest_stage_sets_the_pace() -> None:
     found = pipeline_seconds("1f1b", 2, 100, [1.0, 3.0], [1.0, 3.0], [0.0])
     assert found == pytest.approx(100 * 6 + 2, rel=0.01)

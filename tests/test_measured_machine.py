@@ -20,7 +20,7 @@ from shardwise.machine.curve import COLLECTIVES, Curve
 from shardwise.machine.device import Device
 from shardwise.machine.here import here, machine_file, measured, measured_file
 from shardwise.measure.machine import collectives, discover
-from shardwise.measure.probes import PROBES, sizes
+from shardwise.measure.probes import PROBES, curves, sizes
 from tests.pool import Pool
 
 
@@ -122,7 +122,28 @@ def test_without_gloo_there_is_one_message(monkeypatch: pytest.MonkeyPatch) -> N
 def test_probes_are_found_in_the_graph_and_grow() -> None:
     for probe, row in zip(PROBES, sizes(), strict=True):
         assert len(row) == len(probe.batches)
-        assert all(size > 0 for size in row) and row == sorted(row)
+        assert all(size[probe.by != "operations"] > 0 for size in row) and row == sorted(row)
+
+
+def test_a_product_on_a_core_takes_its_operations_and_besides_its_bytes() -> None:
+    """Times that are such sums, but for noise, come back; what is left of noise is not below zero."""
+    made = {"operations": 2e-11, "product bytes": 9e-11}
+
+    def times(each: dict[str, float], noise: float) -> list[list[tuple[float, float]]]:
+        sums = [
+            [max(sum(n * s for n, s in zip(size, each.values(), strict=True)), 1e-9) for size in row] for row in sizes()
+        ]
+        return [[(t * (1 + noise * (-1) ** k), 2 * t) for k, t in enumerate(row)] for row in sums]
+
+    for noise in (0.0, 0.05):
+        found = {curve.by: curve for curve in curves(times(made, noise), "x", adds=True) if curve.op == "aten.linear"}
+        for by, each in made.items():
+            assert found[by].seconds(3e6) == pytest.approx(3e6 * each, rel=3 * noise + 1e-9)
+            assert found[by].seconds(3e9, backward=True) == pytest.approx(6e9 * each)
+    computing = curves(times({**made, "product bytes": -1e-13}, 0.0), "x", adds=True)
+    (free,) = (curve for curve in computing if curve.by == "product bytes")
+    assert 0 < free.seconds(1e9) < 1e-6
+    assert all(curve.by != "product bytes" for curve in curves(times(made, 0.0), "x", adds=False))
 
 
 CURVE: dict[str, Any] = {

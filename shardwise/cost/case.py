@@ -34,6 +34,7 @@ class Times:
 
     Attributes:
         forward, backward: in all.
+        later: of backward in two halves the second.
         compute: of the device, both ways.
         waits: for the host, both ways.
         turn: for the host besides, where forward and backward of micro-batches alternate; part of neither.
@@ -43,6 +44,7 @@ class Times:
 
     forward: Array
     backward: Array
+    later: Array
     compute: Array
     waits: Array
     turn: Array
@@ -145,6 +147,7 @@ class Case:
         return Times(
             forward + ways[0] + waits[0] + gathers[0],
             backward + ways[1] + waits[1] + gathers[1],
+            s.later + added,
             forward + backward,
             waits[0] + waits[1],
             turn,
@@ -159,11 +162,8 @@ class Case:
         if step is None:
             return 0.0
         # The loss and its count are summed over the ranks that have parts of them.
-        sums = [
-            self.places[0].routes[axis].parts("all_reduce")[0]
-            for axis in (DATA, PIPELINE)
-            if axis in self.places[0].routes
-        ]
+        routes = self.places[0].routes
+        sums = [routes[axis].parts("all_reduce")[0] for axis in (DATA, PIPELINE) if axis in routes]
         return step.value + 2 * sum(sums)
 
     def _apart(self, rank: int) -> float:
@@ -357,8 +357,7 @@ class Case:
         forward, backward = [float(t.forward) for t in times], [float(t.backward) for t in times]
         carried = [self.tables[0].live[cut] for cut in cuts]
         sends = [float(self.sends(r, size)) for r, size in zip(owners, carried, strict=False)]
-        turns = [float(t.turn) for t in times]
-        total = self._through(forward, backward, sends, turns)
+        total = self._through(times, sends)
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
         bubble = max(total - compute - waits - sum(sent.values()), 0.0) / self.crowd if stages > 1 else 0.0
@@ -413,14 +412,15 @@ class Case:
         """Seconds from one batch to the next; 0 where the next waits for all that a step takes."""
         return 0.0
 
-    def _through(
-        self, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float], turns: Sequence[float]
-    ) -> float:
-        """Seconds of all micro-batches through all stages, of which these are the seconds of each."""
-        plan = self.plan
+    def _through(self, stages: Sequence[Times], sends: Sequence[float]) -> float:
+        """Seconds of all micro-batches through all stages."""
+        micros, ranks = self.plan.micro_batches, self.plan.pipeline
+        forward, backward, turns, later = (
+            [float(getattr(t, key)) for t in stages] for key in ("forward", "backward", "turn", "later")
+        )
         if self.ahead > 1:
-            return ahead_seconds(self.ahead * plan.pipeline, plan.micro_batches, forward, backward, sends)
-        return pipeline_seconds(plan.schedule, plan.pipeline, plan.micro_batches, forward, backward, sends, turns)
+            return ahead_seconds(self.ahead * ranks, micros, forward, backward, sends, later)
+        return pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends, turns, later)
 
 
 def _stages(tables: Sequence[Table], bounds: Sequence[int], owners: Sequence[int]) -> list[Stretches]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shardwise.cost.case import Case
+from shardwise.cost.case import Case, Times
 from shardwise.cost.table import Held
 from shardwise.cost.traits import is_view
 from shardwise.cost.weights import Array
@@ -54,9 +54,8 @@ class Forward(Case):
         """Seconds from one chunk to the next in a pipeline that is full: its slowest stage's."""
         return self.plan.micro_batches * _slowest(forward, sends)
 
-    def _through(
-        self, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float], turns: Sequence[float]
-    ) -> float:
+    def _through(self, stages: Sequence[Times], sends: Sequence[float]) -> float:
+        forward = [float(t.forward) for t in stages]
         return sum(forward) + sum(sends) + (self.plan.micro_batches - 1) * _slowest(forward, sends)
 
     def _step(self) -> float:

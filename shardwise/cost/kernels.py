@@ -94,11 +94,16 @@ class Kernels:
         found = tuple(curve for curve in found if curve.by != ("bytes" if column else "column bytes"))
         # In another precision products take longer or shorter as their rates differ.
         slower = self.device.peak("fp32") / self.device.peak(precision_of(task.dtype)) if dense else 1.0
-        seconds = max(
-            curve.seconds(task.flops, backward=backward) * slower if curve.by == "operations"
+        takes = {
+            curve.by: curve.seconds(task.flops, backward=backward) * slower if curve.by == "operations"
             else curve.seconds(task.moved, backward=backward)
             for curve in found
-        )  # fmt: skip
+        }  # fmt: skip
+        besides = takes.pop("product bytes", None)
+        if besides is not None and task.product is not None and min(task.product[1:]) > 1:
+            seconds = max(takes["operations"] + besides, self._start)
+        else:
+            seconds = max(takes.values())
         # Backward is measured with a gradient for each operand.
         return seconds * (0.5 if backward and task.kind == PRODUCT and task.gradients == 1 else 1.0)
 

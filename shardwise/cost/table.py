@@ -85,6 +85,7 @@ class Stretches(Held):
 
     Attributes:
         forward, backward: seconds of the device.
+        later: of backward in two halves those of the second: of products that give gradients of parameters.
         again: seconds of forward that backward does once more.
         calls, calls_back: operators that the host starts.
         meets: operators at which parameters meet what a stage received.
@@ -93,6 +94,7 @@ class Stretches(Held):
 
     forward: Array
     backward: Array
+    later: Array
     again: Array
     calls: Array
     calls_back: Array
@@ -102,8 +104,8 @@ class Stretches(Held):
 
 
 PLAIN = (
-    "forward", "backward", "again", "calls", "calls_back", "meets", "kept", "halved", "late", "inside", "largest",
-    "growing", "passed", "weights", "weight_bytes", "tensors",
+    "forward", "backward", "later", "again", "calls", "calls_back", "meets", "kept", "halved", "late", "inside",
+    "largest", "growing", "passed", "weights", "weight_bytes", "tensors",
 )  # fmt: skip
 """The items of a stretch that are one array each."""
 
@@ -135,6 +137,7 @@ class Rows:
         self.kept = self.each(work.kept(samples, attention="fused" if kernels.flash else "scores"))
         most = [work.largest(op, samples) for op in work.graph.ops]
         self.meets = self.each([work.traits.of[op].weighted for op in work.graph.ops])
+        self.halves = self.each([work.traits.of[op].halves for op in work.graph.ops])
         self.halved, self.late = (self.each(each) for each in zip(*work.halved(samples), strict=True))
         if gradients is None:  # as other frameworks' figures bear out
             made = self.each([work.made(op, samples) for op in work.graph.ops])
@@ -325,6 +328,7 @@ class Table:
         return {
             "forward": _running(rows.forward),
             "backward": _running(rows.backward),
+            "later": _running(rows.backward * rows.halves / np.maximum(rows.gradients, 1)),
             "again": _running(rows.forward * more),
             "calls": _running(rows.calls),
             "calls_back": _running(rows.calls * (rows.gradients + more)),

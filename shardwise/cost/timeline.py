@@ -21,6 +21,7 @@ def pipeline_seconds(
     backward: Sequence[float],
     sends: Sequence[float],
     turns: Sequence[float] = (),
+    later: Sequence[float] = (),
 ) -> float:
     """Seconds from the first forward to the last backward.
 
@@ -31,17 +32,18 @@ def pipeline_seconds(
         forward, backward: seconds of each stage for one micro-batch; stages go round the ranks.
         sends: seconds to carry a micro-batch from each stage to the next, one fewer than stages.
         turns: seconds that a stage's backward takes besides where a forward came just before it on its rank.
+        later: of a backward in two halves the seconds of the second; without it half of them.
     """
     stages = len(forward)
     turns = turns or [0.0] * stages
+    later = later or [b / 2 for b in backward]
     if stages == 1:
         return micros * (forward[0] + backward[0])
     if schedule != "zero-bubble" and micros >= ranks and stages * micros > _MANY:
         slower = [b + t for b, t in zip(backward, turns, strict=True)]
         return steady_seconds(schedule, ranks, micros, forward, slower, sends)
-    whole, half = list(backward), [b * 0.5 for b in backward]
-    takes = [*forward, *whole, *half]
-    takes += [t + turn for t, turn in zip((*whole, *half), (*turns, *turns), strict=True)]
+    back = [*backward, *(b - w for b, w in zip(backward, later, strict=True)), *later]
+    takes = [*forward, *back, *(b + turn for b, turn in zip(back, [*turns] * 3, strict=True))]
     hops = [*sends, 0.0]
     done, clock = [0.0], [0.0] * ranks
     for rank, kind, before, hop in _steps(schedule, ranks, stages, micros):
@@ -77,7 +79,12 @@ def steady_seconds(
 
 
 def ahead_seconds(
-    most: int, micros: int, forward: Sequence[float], backward: Sequence[float], sends: Sequence[float]
+    most: int,
+    micros: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    sends: Sequence[float],
+    later: Sequence[float] = (),
 ) -> float:
     """The same with one stage on each rank, backward in two halves, and up to `most` micro-batches held.
 
@@ -85,6 +92,8 @@ def ahead_seconds(
     half, where there is nothing else to do (the heuristic of Qi et al., 2024).
     """
     stages = len(forward)
+    later = later or [b / 2 for b in backward]
+    takes = {"F": forward, "I": [b - w for b, w in zip(backward, later, strict=True)], "W": later}
     done: dict[Action, float] = {}
     clock, counts = [0.0] * stages, [{"F": 0, "I": 0, "W": 0} for _ in forward]
     for _ in range(3 * micros * stages):
@@ -99,7 +108,7 @@ def ahead_seconds(
                     best = min(best or (math.inf, 0, 0, action), (max(clock[stage], ready), rank, stage, action))
         assert best is not None
         start, _, stage, action = best
-        clock[stage] = done[action] = start + _takes(action, forward, backward)
+        clock[stage] = done[action] = start + takes[action.kind][stage]
         counts[stage][action.kind] += 1
     return max(clock)
 
@@ -136,7 +145,7 @@ class _Step(NamedTuple):
 def _steps(schedule: str, ranks: int, stages: int, micros: int) -> Sequence[_Step]:
     """A schedule's actions as they can follow each other, the first as number 1, whatever each of them takes.
 
-    Times are those of all stages' forward, backward, half a backward, and of the latter two behind a forward.
+    Times are those of all stages' forward, backward, its first half, its second, and of these three behind a forward.
     """
     order = orders(schedule, ranks, stages, micros)
     number: dict[Action, int] = {}
@@ -152,7 +161,7 @@ def _steps(schedule: str, ranks: int, stages: int, micros: int) -> Sequence[_Ste
                 if before is None:
                     break
                 turned = action.kind != "F" and at[rank] > 0 and mine[at[rank] - 1].kind == "F"
-                kind = {"F": 0, "B": 1}.get(action.kind, 2) + 2 * turned
+                kind = "FBIW".index(action.kind) + 3 * turned
                 steps.append(_Step(rank, kind * stages + action.stage, before, hop))
                 number[action] = len(steps)
                 at[rank] += 1
@@ -173,12 +182,6 @@ def _waits(action: Action, stages: int) -> tuple[tuple[Action, ...], int]:
     if stage == stages - 1:
         return (Action(stage, "F", micro),), -1
     return (Action(stage + 1, "B", micro), Action(stage + 1, "I", micro)), stage
-
-
-def _takes(action: Action, forward: Sequence[float], backward: Sequence[float]) -> float:
-    if action.kind == "F":
-        return forward[action.stage]
-    return backward[action.stage] * (1.0 if action.kind == "B" else 0.5)
 
 
 def _ready(action: Action, stages: int, done: Mapping[Action, float], sends: Sequence[float]) -> float | None:

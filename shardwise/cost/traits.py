@@ -10,6 +10,7 @@ import torch
 
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Slot, Value
+from shardwise.parallel.defer import comes_in_halves
 
 PRODUCT, ATTENTION, MEMORY, NOTHING = "product", "attention", "memory", "nothing"
 _ATTENTION = {"aten.scaled_dot_product_attention"}
@@ -35,6 +36,7 @@ class Trait(NamedTuple):
         bias: whether it runs inside of the product before it.
         free: whether it costs nothing: a view, or made ready beforehand.
         weighted: whether parameters meet what is received in it, so that its backward can come in two halves.
+        halves: whether it does: whether the second half computes anything.
         last: whether it comes behind the last product, as a loss does.
     """
 
@@ -47,6 +49,7 @@ class Trait(NamedTuple):
     bias: bool
     free: bool
     weighted: bool
+    halves: bool
     last: bool
 
 
@@ -74,6 +77,7 @@ class Traits:
         graph, kind = self.graph, self.kinds[op]
         slots = {operand.value: operand.slot for operand in op.context.inputs}
         bias, learned = op in self._biases, any(v in graph.learned for v in op.outputs)
+        weighted = not bias and bool(self.learned(op))
         return Trait(
             kind=kind,
             dtype=next((v.dtype for v in op.outputs if v.dtype.is_floating_point), torch.float32),
@@ -83,7 +87,8 @@ class Traits:
             made=tuple(v for v in op.outputs if v in graph.needs_grad),
             bias=bias,
             free=kind == NOTHING or (self.prepared and not learned),
-            weighted=not bias and bool(self.learned(op)),
+            weighted=weighted,
+            halves=weighted and comes_in_halves(op.name),
             last=self._levels[op] == self._deepest,
         )
 

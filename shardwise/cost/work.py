@@ -275,20 +275,22 @@ class Work:
     def halved(self, samples: int) -> list[tuple[float, float]]:
         """For each operator the bytes that it is the first to keep from the first half of backward to the second.
 
-        And those of the largest gradient that it makes then. Products alone keep anything: what they kept of forward,
-        whoever else kept it, and the gradients of what they make. Of other operators the gradients of parameters wait
-        for the second half.
+        And those of the largest gradient that it makes then. Products keep what they kept of forward, whoever else kept
+        it, and the gradients of what they make. Of other operators the gradients of parameters wait for the second
+        half.
         """
         seen: set[tuple[Value, float]] = set()
         found = []
         for op in self.graph.ops:
             total = late = 0.0
-            if self.traits.of[op].weighted and self.traits.kinds[op] == PRODUCT:
+            if self.traits.of[op].halves:
                 values = self._kept_by(op, self.saved[op].values, samples) - seen
                 seen |= values
                 others = sum(float(size.at(samples)) for size in self.saved[op].others) * self.layout.share(op)
                 total = sum(size for _, size in values) + others + self.made(op, samples)
                 late = max(self.local_bytes(value, samples) for value in self.traits.learned(op))
+            elif self.traits.of[op].weighted:
+                total = sum(self.local_bytes(value, samples) for value in self.traits.learned(op))
             found.append((total, late))
         return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from shardwise.errors import MachineError
 from shardwise.machine.quantity import Quantity
 
-BY = ("operations", "bytes", "column bytes")
+BY = ("operations", "bytes", "column bytes", "product bytes")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 
 
@@ -21,8 +21,8 @@ class Curve:
 
     Attributes:
         op: the operator, such as `aten.gelu`; "elementwise" stands for all that are bound by memory and have none.
-        by: what its size is counted in: "operations" of forward, "bytes" that forward reads and writes, or "column
-            bytes", those of products with a single column.
+        by: what its size is counted in: "operations" of forward, "bytes" that forward reads and writes, "column bytes",
+            those of products with a single column, or "product bytes", for which a product takes so long besides.
         at: sizes, growing.
         forward, backward: seconds at these sizes.
         source: where they came from.

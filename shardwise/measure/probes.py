@@ -11,12 +11,14 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shardwise.cost.pricer import Pricer
+from shardwise.cost.weights import Array
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.machine.backend import Backend
@@ -28,6 +30,9 @@ _FEWEST, _MOST, _PASSES = 5, 2000, 3
 """Repetitions of one size in one pass, and passes over all of them."""
 _LEAST = 2e-7
 """Seconds below which a time is noise."""
+_NEVER = 1e-18
+"""Seconds of an operation or a byte that count for nothing."""
+_PRODUCT = "aten.linear"
 
 
 class Run(nn.Module):
@@ -100,7 +105,8 @@ PROBES: tuple[Probe, ...] = (
     # Sizes reach beyond 32 MB, where a CPU's allocator asks the system for every tensor anew.
     # Products: dense ones by operations, those that read more than they compute by bytes.
     Probe("aten.linear", "operations", lambda: Run(F.linear, (256, 256)), ((256,),), (8, 64, 512, 2048)),
-    Probe("aten.linear", "operations", lambda: Run(F.linear, (1024, 1024)), ((1024,),), (128, 1024)),
+    Probe("aten.linear", "operations", lambda: Run(F.linear, (1024, 1024)), ((1024,),), (32, 128, 1024)),
+    Probe("aten.linear", "operations", lambda: Run(F.linear, (2048, 2048)), ((2048,),), (16,)),
     Probe("aten.linear", "bytes", lambda: Run(F.linear, (256, 256)), ((256,),), (1,)),
     Probe("aten.linear", "bytes", lambda: Run(F.linear, (2048, 2048)), ((2048,),), (1,)),
     Probe("aten.bmm", "operations", lambda: Run(torch.bmm), ((64, 64), (64, 64)), (1, 16, 256)),
@@ -162,11 +168,11 @@ class _Samples(Dataset[Any]):
 
 
 @cache
-def sizes() -> list[list[float]]:
-    """For each probe and number of samples the operations or bytes of its operator, as prices count them."""
+def sizes() -> list[list[tuple[float, float]]]:
+    """For each probe and number of samples the operations and the bytes of its operator, as prices count them."""
     job = Job(model=_All, data=_Samples(), loss=lambda out, _: out, global_batch=2)
     work = Pricer(Graph.of(job)).work(())
-    found: list[list[float]] = []
+    found: list[list[tuple[float, float]]] = []
     for i, probe in enumerate(PROBES):
         row = []
         for batch in probe.batches:
@@ -175,7 +181,7 @@ def sizes() -> list[list[float]]:
                 for t in work.tasks(batch)
                 if f"{t.op.module}.".startswith(f"probes.{i}.") and _is(t.op.name, probe.op)
             ]
-            row.append(tasks[-1].flops if probe.by == "operations" else tasks[-1].moved)
+            row.append((tasks[-1].flops, tasks[-1].moved))
         found.append(row)
     return found
 
@@ -268,14 +274,23 @@ def _now(backend: Backend) -> float:
     return time.perf_counter()
 
 
-def curves(times: Sequence[Sequence[tuple[float, float]]], source: str) -> tuple[Curve, ...]:
-    """The curves of all probed operators; larger sizes never take less."""
+def curves(times: Sequence[Sequence[tuple[float, float]]], source: str, *, adds: bool) -> tuple[Curve, ...]:
+    """The curves of all probed operators; larger sizes never take less.
+
+    Args:
+        times: as `timed` gives them, of one rank or the mean of several.
+        source: where they came from.
+        adds: whether a product takes the time of its operations and that of its bytes, and not the longer one: a core
+            that moves and packs matrices does not multiply meanwhile.
+    """
     points: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for probe, at, row in zip(PROBES, sizes(), times, strict=True):
         points.setdefault((probe.op, probe.by), []).extend(
-            (size, forward, backward) for size, (forward, backward) in zip(at, row, strict=True)
+            (size[probe.by != "operations"], *both) for size, both in zip(at, row, strict=True)
         )
-    found = []
+    found = _product_curves(times, source) if adds else []
+    for curve in found:
+        points.pop((curve.op, curve.by), None)
     for (op, by), rows in points.items():
         alike: dict[float, list[tuple[float, float, float]]] = {}
         for point in sorted(rows):
@@ -285,6 +300,34 @@ def curves(times: Sequence[Sequence[tuple[float, float]]], source: str) -> tuple
         )
         found.append(Curve(op, by, tuple(alike), forward, backward, source))
     return tuple(found)
+
+
+def _product_curves(times: Sequence[Sequence[tuple[float, float]]], source: str) -> list[Curve]:
+    """What a linear layer takes for its operations and what for its bytes: proportions that fit all of them best."""
+    rows = [
+        (*size, *both)
+        for probe, at, row in zip(PROBES, sizes(), times, strict=True)
+        for size, both in zip(at, row, strict=True)
+        if (probe.op, probe.by) == (_PRODUCT, "operations")
+    ]
+    operations, moved, *seconds = np.array(rows).T
+    ways = [_proportions(operations / took, moved / took) for took in seconds]
+    found = []
+    for k, (by, most) in enumerate((("operations", operations.max()), ("product bytes", moved.max()))):
+        at = (most * 1e-6, most)  # between them in proportion
+        forward, backward = (tuple(size * each[k] for size in at) for each in ways)
+        found.append(Curve(_PRODUCT, by, at, forward, backward, source))
+    return found
+
+
+def _proportions(*counts: Array) -> list[float]:
+    """What each count takes, above 0, so that the sums come as near to 1 as they can."""
+    each = np.linalg.lstsq(np.stack(counts, 1), np.ones(len(counts[0])), rcond=None)[0]
+    if each.min() <= 0:  # what measures as a gain is noise
+        alone = counts[int(each.argmax())]
+        each = np.where(each == each.max(), alone.sum() / (alone**2).sum(), _NEVER)
+    found: list[float] = each.tolist()
+    return found
 
 
 def _growing(values: Sequence[float]) -> tuple[float, ...]:

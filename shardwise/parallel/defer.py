@@ -32,6 +32,11 @@ _IN_HALVES = {
 """Operators that compute the gradient of each operand by itself."""
 
 
+def comes_in_halves(name: str) -> bool:
+    """Whether an operator, such as "aten.linear", computes the gradient of each operand by itself."""
+    return name.split(".")[1] in _IN_HALVES
+
+
 @dataclass(frozen=True, eq=False)
 class _Note:
     """One operator whose second half is to come: what computes the gradients of `learned`."""

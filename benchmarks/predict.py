@@ -177,14 +177,14 @@ def _smollm2() -> Any:
 
 
 def tensor_parallel(rounds: int, length: int = 128) -> Iterator[Row]:
-    """Nine heads do not divide by two: what is split are the layers between them and the vocabulary."""
+    """Nine heads do not divide by two: what is split are the layers between them, the vocabulary, and the positions."""
     if find_spec(_WEIGHTS) is None:
         print(f"{'tensor':10} not measured: the package {_WEIGHTS} is not installed; see `make prove`")
         return
     from transformers import AutoModelForCausalLM
 
     warnings.simplefilter("ignore")
-    split = Plan((PlanAxis("tensor", 2, ("vocabulary*", "width@*mlp*")),))
+    split = Plan((PlanAxis("tensor", 2, ("vocabulary*", "width@*mlp*", "sequence")),))
     rows = [{"input_ids": Text(1, length)[0]}]  # its bytes, taken for tokens
     with tempfile.TemporaryDirectory() as folder, Ranks(2, backend=Backend.cpu(), threads=1) as ranks:
         file = Path(folder) / "weights.safetensors"

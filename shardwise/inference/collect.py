@@ -82,16 +82,28 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
     """The outputs of all chunks in their order, computed here or received."""
     ready: dict[int, list[Tensor]] = {}
     form: Any = None
-    following = 0
+    following = untold = 0
     mine: int | None = claims.claim()
     try:
         while work.chunks.count is None or following < work.chunks.count:
-            if following not in ready and store.check([f"note/{following}"]):
+            # The store answers from a process whose ranks all compute: it is asked no more than it has to be.
+            if following in ready:
+                untold += 1
+                if untold == place.world:  # a part of what may be computed ahead
+                    taken(store, untold)
+                    untold = 0
+                tensors = ready.pop(following)
+                following += 1
+                if form is None:  # of all chunks, and this rank has computed none yet
+                    form = work.prediction.form(work.example)
+                yield put_together(form, tensors)
+                del tensors
+            elif following != mine and store.check([f"note/{following}"]):
                 received = _receive(following, store, place)
                 if received is None:  # another rank saw the end of the data
                     break
                 ready[following] = received
-            elif following not in ready and mine is not None and mine < following + claims.window:
+            elif mine is not None and mine < following + claims.window:
                 claims.tell(mine)
                 found = work.compute(mine)
                 if found is None:
@@ -101,16 +113,8 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
                 if work.gives:
                     ready[mine] = [t.cpu() for t in found[1]]
                 mine = claims.claim()
-            elif following not in ready:
-                store.wait([f"note/{following}"], FOREVER)
             else:
-                taken(store, 1)
-                tensors = ready.pop(following)
-                following += 1
-                if form is None:  # of all chunks, and this rank has computed none yet
-                    form = work.prediction.form(work.example)
-                yield put_together(form, tensors)
-                del tensors
+                store.wait([f"note/{following}"], FOREVER)
         if mine is not None:
             claims.tell(-1)
     except GeneratorExit:

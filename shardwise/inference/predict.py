@@ -29,6 +29,8 @@ from shardwise.plan.plan import Plan
 
 _AHEAD = 2
 """Chunks that each rank may have computed before the caller takes the first of them."""
+_AHEAD_OF_ROOT = 4
+"""The same where rank 0 hands them on: it computes too, and takes them late."""
 _DYING = 5.0
 """Seconds between the end of a rank's memory and its own, at most."""
 
@@ -178,7 +180,7 @@ def _predict_joined(
         if work is None:
             return
         store = shared_store(f"predict-{collect.agreed_number(place)}")
-        claims = Claims(store, work.replica, place.rank, _AHEAD * place.world, lambda: taken(store))
+        claims = Claims(store, work.replica, place.rank, _AHEAD_OF_ROOT * place.world, lambda: taken(store))
         if place.rank == 0:
             yield from collect.outputs(work, claims, store, place)
         else:

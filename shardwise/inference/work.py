@@ -50,8 +50,9 @@ class Work:
         prediction = build(job, plan, mesh, example, place.device, arithmetic)
         for samples in sorted(chunks.sizes()):
             prediction.check(samples)
-        place.backend.reset_peak_memory()  # gives what was needed to build the model back
         replica = Replica.of(plan, place.rank)
+        if len(replica.ranks) > 1:
+            place.backend.reset_peak_memory()  # gives what was needed to build the model back
         return cls(replica, chunks, replica.giver == place.rank, prediction, example)
 
     def compute(self, chunk: int) -> tuple[Any, list[Tensor]] | None:

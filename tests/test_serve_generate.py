@@ -106,7 +106,7 @@ def test_tokens_are_those_of_one_device(plan: str | None, tmp_path: Path) -> Non
         ('{"inputs": [1, -2]}', "422 the prompt has token -2; tokens are 0 or more"),
         ('{"inputs": [1, 99999999999999999999]}', "422 the prompt has 99999999999999999999; tokens are whole"),
         ('{"inputs": [1, 2, 3, 4, 5, 6, 7]}', "422 the prompt has 7 tokens, but there are 6 positions"),
-        ('{"inputs": [1, 2], "tokens": 6}', "422 a prompt of 2 tokens and 6 new ones have 7 positions, but"),
+        ('{"inputs": [1, 2], "tokens": 6}', "422 2 tokens and 6 new ones have 7 positions, but"),
         ('{"inputs": [1], "tokens": 0}', "422 'tokens' must be a whole number from 1 on"),
         ('{"inputs": [1], "tokens": true}', "422 'tokens' must be a whole number from 1 on"),
         ('{"inputs": [1], "max_tokens": 3}', "422 there is no 'max_tokens'; beside \"inputs\" there are 'tokens'"),

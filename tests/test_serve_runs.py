@@ -156,7 +156,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("block", "spec", "options"), [(1, "letters.py:job", ()), (2, "writer.py:job", ("--generate", "128"))]
+    ("block", "spec", "options"), [(1, "letters.py:job", ()), (2, "writer.py:job", ("--generate", "64"))]
 )
 def test_the_page_shows_what_the_example_answers(block: int, spec: str, options: tuple[str, ...]) -> None:
     page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")

@@ -97,7 +97,10 @@ class Prompts:
             if name not in known:
                 listed = ", ".join(map(repr, known))
                 raise FieldError(
-                    f'there is no {name!r}; beside "inputs" there are {listed}', field=name, expected=list(known)
+                    f'there is no {name!r}; beside "inputs" there are {listed}',
+                    field=name,
+                    expected=list(known),
+                    given=value,
                 )
             if name != "end" and value is not None and not _fits(name, value):
                 expected = _WHOLE.format(_LEAST[name]) if name in _LEAST else _NUMBER
@@ -113,7 +116,7 @@ class Prompts:
         asked: int | None = given.get("tokens")
         if asked is not None and asked > room:
             raise FieldError(
-                f"a prompt of {length} tokens and {asked} new ones have {length + asked - 1} positions, but there are "
+                f"{length} tokens and {asked} new ones have {length + asked - 1} positions, but there are "
                 f"{self._positions}",
                 field="tokens",
                 expected=f"at most {room}",

@@ -11,6 +11,9 @@ from torch import Tensor
 from shardwise.inference.sampling import Sampling
 from shardwise.inference.steps import Steps
 
+TOKENS, PIECE = 64, 32
+"""Tokens that follow a prompt, and positions of it that go in at once, where nobody says how many."""
+
 
 @dataclass(frozen=True)
 class Wanted:

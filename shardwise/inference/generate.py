@@ -18,7 +18,7 @@ from shardwise.engine.train import data_plan, fitting
 from shardwise.errors import JobError
 from shardwise.inference.claims import FOREVER, Claims, await_others, in_order, leave, shared_store, stop
 from shardwise.inference.collect import agreed_number
-from shardwise.inference.completion import Wanted, complete
+from shardwise.inference.completion import PIECE, TOKENS, Wanted, complete
 from shardwise.inference.limits import Demand
 from shardwise.inference.prediction import Replica
 from shardwise.inference.prompts import Prompts, checked
@@ -35,13 +35,13 @@ def generate(
     plan: Plan | None = None,
     *,
     ranks: int | None = None,
-    tokens: int = 64,
+    tokens: int = TOKENS,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     end: int | Iterable[int] | None = None,
-    piece: int = 32,
+    piece: int = PIECE,
     first: int = 0,
     dtype: torch.dtype | None = None,
     spec: str | None = None,

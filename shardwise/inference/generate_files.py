@@ -18,6 +18,7 @@ from shardwise.engine.train import data_plan, fitting
 from shardwise.errors import FileError
 from shardwise.files.formats import Head, Part
 from shardwise.files.outputs import ONE
+from shardwise.inference.completion import PIECE, TOKENS
 from shardwise.inference.generate import generate
 from shardwise.inference.identity import settings_of
 from shardwise.inference.sampling import Sampling
@@ -89,13 +90,13 @@ def generate_file(
     run: Mapping[str, Any],
     plan: Plan | None = None,
     ranks: int | None = None,
-    tokens: int = 64,
+    tokens: int = TOKENS,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
     end: Sequence[int] = (),
-    piece: int = 32,
+    piece: int = PIECE,
     spec: str | None = None,
 ) -> Generated | None:
     """Writes the tokens that follow each prompt to a file, in the order of the prompts.

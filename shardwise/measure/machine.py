@@ -249,7 +249,7 @@ def _device(ranks: int, backend: Backend, told: Sequence[dict[str, Any]], most: 
         for i, row in enumerate(told[0]["times"])
     ]
     cpu = backend.device_type == "cpu"
-    operators = curves(times, source, adds=backend.device_type == "cpu")
+    operators = curves(times, source, adds=cpu)
     base = None if cpu else accelerator(torch.cuda.get_device_name(0))
     share = Quantity(1.0, "the measured numbers are those reached")
     return Device(

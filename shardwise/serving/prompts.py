@@ -13,7 +13,7 @@ from torch import Tensor
 from shardwise.engine.launch import Place
 from shardwise.errors import FieldError, JobError
 from shardwise.graph import output
-from shardwise.inference.completion import Wanted, complete
+from shardwise.inference.completion import PIECE, TOKENS, Wanted, complete
 from shardwise.inference.limits import Demand
 from shardwise.inference.prediction import Replica
 from shardwise.inference.prompts import checked
@@ -24,13 +24,9 @@ from shardwise.serving.intake import Given, read_object
 from shardwise.serving.ranks import Model, Task
 from shardwise.serving.request import Refused, Request
 
-TOKENS = 64
-"""New tokens of a request that does not say how many, where there are positions for them."""
-_PIECE = 32
-"""Positions of a prompt that go in at once."""
 _DRAWS = ("temperature", "top_k", "top_p", "seed")
-_WHOLE, _NUMBER = "a whole number from {} on", "a number above 0"
 _LEAST = {"tokens": 1, "top_k": 1, "seed": 0}
+"""Of what is a whole number; other numbers are above 0."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +98,9 @@ class Prompts:
                     expected=list(known),
                     given=value,
                 )
-            if name != "end" and value is not None and not _fits(name, value):
-                expected = _WHOLE.format(_LEAST[name]) if name in _LEAST else _NUMBER
+            least = _LEAST.get(name)
+            if name != "end" and value is not None and not (_above_0(value) if least is None else _whole(value, least)):
+                expected = "a number above 0" if least is None else f"a whole number from {least} on"
                 raise FieldError(f"{name!r} must be {expected}", field=name, expected=expected, given=value)
         draws = {name: given[name] for name in _DRAWS if given.get(name) is not None}
         try:
@@ -125,17 +122,19 @@ class Prompts:
         return min(TOKENS, room) if asked is None else asked
 
 
-def _fits(name: str, value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int if name in _LEAST else (int, float)):
-        return False
-    return bool(_LEAST[name] <= value < 1 << 63 if name in _LEAST else 0 < value < math.inf)
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 63
+
+
+def _above_0(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _end(given: dict[str, Any]) -> tuple[int, ...]:
     """The tokens behind which nothing follows."""
     end = given.get("end")
     found = [] if end is None else end if isinstance(end, list) else [end]
-    if not all(_fits("seed", token) for token in found):
+    if not all(_whole(token, 0) for token in found):
         raise FieldError("'end' must be a token, or a list of them", field="end", expected="tokens", given=end)
     return tuple(found)
 
@@ -158,7 +157,7 @@ class Generating(Task):
         return 1
 
     def on(self, place: Place) -> Model:
-        demand = Demand(longest=self.positions, piece=min(_PIECE, self.positions), largest=0)
+        demand = Demand(longest=self.positions, piece=min(PIECE, self.positions), largest=0)
         job = self.job.loaded()
         steps = build_steps(job, self.plan, Mesh.build(self.plan.axes), demand, place.device)
         writes = _Writes(steps, Replica.of(self.plan, place.rank).giver == place.rank, steps.vocabulary())

@@ -284,7 +284,8 @@ class Work:
         for op in self.graph.ops:
             total = late = 0.0
             if self.traits.of[op].halves:
-                values = self._kept_by(op, self.saved[op].values, samples) - seen
+                # Autograd holds what it takes a gradient of as long as what it computes that gradient with.
+                values = self._kept_by(op, (*self.saved[op].values, *op.inputs), samples) - seen
                 seen |= values
                 others = sum(float(size.at(samples)) for size in self.saved[op].others) * self.layout.share(op)
                 total = sum(size for _, size in values) + others + self.made(op, samples)

@@ -21,11 +21,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from shardwise.errors import CaptureError, JobError
+from shardwise.graph.functional import functional
 from shardwise.graph.no_data import on_cpu, without_data
-from shardwise.graph.no_grad import detach_inputs
-from shardwise.graph.normalize import CHANGED, normalize
+from shardwise.graph.normalize import normalize
 from shardwise.graph.output import OutputModule
-from shardwise.graph.rules import RULES, operator_name
 from shardwise.graph.step import FIRST, Step, with_state
 from shardwise.graph.unfold import Event, Stack, deepest, run, unfold, unfolded
 from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
@@ -213,9 +212,7 @@ def _captured(wrapper: Wrapper, tensors: tuple[Tensor, ...], samples: int, mode:
     short = _by_a_few(wrapper, tensors, samples, mode, stack) if stack is not None else None
     if short is not None:
         return short
-    with mode or nullcontext():
-        exported = _export(wrapper, tensors)
-    return _collect(exported, wrapper, tensors, samples)
+    return _collect(_export(wrapper, tensors, mode), wrapper, tensors, samples)
 
 
 def _by_a_few(
@@ -282,7 +279,7 @@ def _line(error: Exception) -> str:
     return lines[0][:300] if lines else ""
 
 
-def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...]) -> ExportedProgram:
+def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode | None) -> ExportedProgram:
     fixed = wrapper.fixed if isinstance(wrapper, Step) else ()
     shapes: Any = tuple({0: Dim.AUTO} if t.ndim and i not in fixed else None for i, t in enumerate(tensors))
     # A step names its first tensors.
@@ -290,14 +287,9 @@ def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...]) -> ExportedProgram:
     try:
         with warnings.catch_warnings(), without_logs():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
-            inputs = exported.graph_signature.input_specs
-            detach_inputs(exported.graph_module, {s.arg.name for s in inputs if s.kind is not InputKind.PARAMETER})
-            functional: ExportedProgram = exported.run_decompositions(_simpler())
-            if any(spec.kind is InputKind.TOKEN for spec in functional.graph_signature.input_specs):
-                # Written simpler, an operator has side effects (linalg.inv looks for errors).
-                functional = exported.run_decompositions({})
-            return functional
+            with mode or nullcontext():
+                exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
+            return functional(exported)
     except JobError:
         raise
     except Exception as error:
@@ -309,18 +301,6 @@ def _does_not_capture(wrapper: Wrapper, error: Exception) -> CaptureError:
         f"{type(wrapper.module).__name__} does not capture: {type(error).__name__}: {_line(error)}; "
         "it can still be split by data (data, sharded), and by layers where it is a Sequential"
     )
-
-
-def _simpler() -> dict[Any, Callable[..., Any]]:
-    """How torch writes operators that no rule knows with simpler ones, which rules know more often."""
-    known = RULES.keys() | CHANGED
-    return {
-        op: how
-        for op, how in torch.export.default_decompositions().items()
-        if operator_name(op) not in known
-        and not operator_name(op).startswith("aten.sym_")
-        and torch.Tag.nondeterministic_seeded not in op.tags  # is refused, by its own name
-    }
 
 
 @contextmanager

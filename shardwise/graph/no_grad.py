@@ -1,12 +1,13 @@
 """Parts of a model that run under `torch.no_grad()`: what they take is detached, for a graph of operators has no modes.
 
 torch exports such a part as a graph of its own, called by `wrap_with_set_grad_enabled`. Written out among the other
-operators, nothing would be left of it, and gradients would flow through what is computed there.
+operators, nothing is left of it, and without that gradients would flow through what is computed there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +33,31 @@ def detach_inputs(module: fx.GraphModule, plain: Collection[str] = ()) -> None:
         if not enabled:
             _detach(inner, [p for p in places if p.name not in known])
         detach_inputs(inner, known)
+
+
+def write_out(module: fx.GraphModule) -> None:
+    """Puts the operators of parts, and of the parts of parts, where these are called."""
+    for node in list(module.graph.nodes):
+        part = _part(module, node)
+        if part is None:
+            continue
+        inner = part[1]
+        write_out(inner)
+        if any(each.op == "get_attr" and each.users for each in inner.graph.nodes):
+            continue  # it has parts of another kind
+        known: dict[fx.Node, fx.Node] = {}
+        with module.graph.inserting_before(node):
+            places = [n for n in inner.graph.nodes if n.op == "placeholder"]
+            known.update(zip(places, node.args[2:], strict=True))
+            for each in inner.graph.nodes:
+                if each.op == "call_function":
+                    known[each] = module.graph.node_copy(each, known.__getitem__)
+        made: Any = inner.graph.output_node().args[0]
+        for user in list(node.users):  # each takes one of the results
+            found = made[user.args[1]]
+            user.replace_all_uses_with(known.get(found, found))
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
 
 
 def _part(module: fx.GraphModule, node: fx.Node) -> tuple[bool, fx.GraphModule] | None:

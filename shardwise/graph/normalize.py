@@ -58,11 +58,14 @@ def normalize(graph: fx.Graph, batch_symbols: frozenset[str]) -> None:
     graph.lint()
 
 
+def is_check(node: fx.Node) -> bool:
+    """Whether a node computes nothing, but looks whether something holds."""
+    return node.op == "call_function" and str(node.target).startswith(("aten._assert_", "aten.sym_constrain"))
+
+
 def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        name = str(node.target)
-        checks = node.op == "call_function" and name.startswith(("aten._assert_", "aten.sym_constrain"))
-        if checks or (node.op == "get_attr" and not node.users):
+        if is_check(node) or (node.op == "get_attr" and not node.users):
             graph.erase_node(node)
 
 

@@ -49,7 +49,7 @@ class Rewriter:
         with self.graph.inserting_before(self._origin):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in self._origin.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        node.meta["val"] = self._evaluate(node)
+        node.meta["val"] = self.evaluate(node)
         return node
 
     def again(self, node: fx.Node, **changes: Any) -> fx.Node:
@@ -74,7 +74,7 @@ class Rewriter:
         self.randoms += 1
         return self.randoms - 1
 
-    def _evaluate(self, node: fx.Node) -> Any:
+    def evaluate(self, node: fx.Node) -> Any:
         """The fake value of a node, from the fake values of its arguments."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target)

@@ -432,7 +432,7 @@ def test_a_rank_that_waits_leaves_its_processor_to_the_others() -> None:
         for c in (cluster, replace(cluster, nodes=(replace(cluster.nodes[0], device=kind),)))
     )
     assert alone["bubble"] > 0.1 * alone["compute"]
-    assert crowded == alone | {"bubble": alone["bubble"] / 2}
+    assert crowded == alone | {"bubble": alone["bubble"] / 4}
 
 
 def test_gradients_of_tied_weights_are_summed_over_the_stages_that_use_them() -> None:

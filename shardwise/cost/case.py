@@ -67,8 +67,8 @@ class Case:
 
     Attributes:
         ways: how often what crosses a cut is carried: there and back.
-        crowd: by how many times more ranks than processors share what devices' numbers give to each: a rank that waits
-            leaves its part to the others, so that a bubble takes so many times less.
+        filled: how many times less a bubble takes where ranks share processors: a rank that waits leaves its part to
+            the others, and a processor waits only where all its ranks do; fitted on four ranks on two cores.
     """
 
     ways = 2
@@ -91,7 +91,7 @@ class Case:
         self.shards, self.ahead = min(besides.shards or self.data, self.data), besides.ahead
         self.spread, self.zero = besides.spread, plan.zero or besides.zero
         crowds = {place.device.crowd.value if place.device.crowd else 1.0 for place in places}
-        self.crowd = crowds.pop() if len(crowds) == 1 else 1.0
+        self.filled = crowds.pop() ** 2 if len(crowds) == 1 else 1.0
 
     def sharing(self, plan: Plan) -> int:
         """How many ranks have the same weights and other samples."""
@@ -360,7 +360,7 @@ class Case:
         total = self._through(times, sends)
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
-        bubble = max(total - compute - waits - sum(sent.values()), 0.0) / self.crowd if stages > 1 else 0.0
+        bubble = max(total - compute - waits - sum(sent.values()), 0.0) / self.filled if stages > 1 else 0.0
         merged, most = (
             [_sum([s for s, r in zip(those, owners, strict=True) if r == rank]) for rank in range(ranks)]
             for those in (own, full)

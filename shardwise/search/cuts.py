@@ -200,14 +200,14 @@ class _Grid:
         needs: bytes.
         fits: whether there is memory enough.
         rounds: stages of each rank.
-        crowd: as of a `Case`.
+        filled: as of a `Case`.
     """
 
     takes: Sequence[_Takes]
     needs: Sequence[Array]
     fits: Sequence[npt.NDArray[np.bool_]]
     rounds: int
-    crowd: float
+    filled: float
 
     @property
     def ranks(self) -> int:
@@ -285,7 +285,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         way = times.forward + sends[None, :] / 2 if halves else busy + sends[None, :]
         base[kind] = _Takes(busy + sends[None, :], busy, way, tail)
     takes = [base[id(table), id(place)] for table, place in zip(case.tables, case.places, strict=True)]
-    return _Grid(takes, used_by, fits_by, chunks, case.crowd)
+    return _Grid(takes, used_by, fits_by, chunks, case.filled)
 
 
 # The same table is asked for again with another ZeRO stage, or another number of ranks.
@@ -317,7 +317,7 @@ def _candidates(grid: _Grid, micros: int) -> list[list[int]]:
     for _ in range(_CEILINGS):
         under = [np.where(tail < ceiling, time, np.inf) for time, tail in zip(times, tails, strict=True)]
         path, value = _best_path(under, micros)
-        value /= grid.crowd  # but for what no cuts change
+        value /= grid.filled  # but for what no cuts change
         if path is None or (found and value + least >= min(found.values())):
             break
         ceiling = max(tail[i, j] for tail, (i, j) in zip(tails, pairwise(path), strict=True))
@@ -337,7 +337,7 @@ def _narrow(grid: _Grid, micros: int, least: float) -> tuple[list[Bounds], list[
     if micros > 1 and np.isfinite(quickest):
         length, path = _through(grid.times, quickest)
         last = max(tail[i, j] for tail, (i, j) in zip(grid.tails, pairwise(path), strict=True))
-        longer = length - shortest + grid.crowd * (last - least)
+        longer = length - shortest + grid.filled * (last - least)
         pace = max(quickest, quickest + longer / (micros - 1)) * (1 + _ROUNDING)
     fits = [times <= pace for times in grid.times]
     ahead = [np.arange(len(fits[0])) == 0]

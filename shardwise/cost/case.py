@@ -259,11 +259,11 @@ class Case:
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
             "activations": s.kept * (flight - half) + s.halved * half + s.inside + more,
-            "buffers": p.fixed + gathered + (self._rooms(s) if p.stepwise else 0.0),
+            "buffers": p.fixed + gathered + (self.rooms(s) if p.stepwise else 0.0),
         }
         return {**found, "reserve": self.reserve * sum(found.values())}  # type: ignore[dict-item]
 
-    def _rooms(self, s: Held) -> Array:
+    def rooms(self, s: Held) -> Array:
         """Bytes of stretches that wait to be sent, or are there to receive."""
         if self.plan.zero != 2 or self.plan.micro_batches > 1:
             return s.passed * min(self.plan.micro_batches, 3)  # what comes next is there, and what was sent last

@@ -238,6 +238,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
     kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
     bytes_of: dict[int, tuple[Array, Array, Array, Array]] = {}
+    passed: dict[int, Array] = {}
     for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
         counts = ((0.0,), (1.0,), (2.0, 1.0), (2.0, 2.0))
@@ -245,6 +246,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
         each, more = one - alone, both - half
         bytes_of[id(table)] = alone, half - 2 * each - more, each, more
+        passed[id(table)] = case.rooms(held) * (1 + case.reserve) * case.profile.stepwise
     fixed = case.profile.fixed * (1 + case.reserve)
 
     def needs(rank: int, begins: Any) -> Array:
@@ -261,9 +263,10 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         rooms.append((room - fixed) / chunks + fixed)  # each of several stages on a rank may use its share
     at = 0
     for stage in range(ranks * chunks):
-        # As far as it goes: a stage that begins later needs no more memory.
-        row = needs(stage % ranks, at)[at + 1 :]
-        at += int(np.count_nonzero(row <= rooms[stage % ranks] * (1 + _ROUNDING)))
+        # As far as it goes: a stage that begins later needs no more memory, but for what crosses its cuts.
+        rank = stage % ranks
+        row = (needs(rank, at) - passed[id(case.held[rank])][at])[at + 1 :]
+        at += int(max(np.flatnonzero(row <= rooms[rank] * (1 + _ROUNDING)) + 1, default=0))
     if at < n - 1:
         return None
     used_by = [needs(rank, slice(None)) for rank in range(ranks)]

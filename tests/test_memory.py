@@ -105,6 +105,31 @@ def test_memory_of_ranks_is_what_they_allocate(pool: Pool) -> None:
         assert 0.95 <= foretold / most <= 1.05, (name, foretold, most)
 
 
+class Wide(nn.Module):
+    """Few weights, and much that crosses a cut: 0.5 MB a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 512), nn.Linear(512, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x))).mean(1)  # type: ignore[no-any-return]
+
+
+def test_what_crosses_a_cut_is_received_ahead_and_there_until_it_is_sent(pool: Pool) -> None:
+    samples = [(torch.randn(256, 16), torch.tensor(i % 8)) for i in range(16)]
+    job = Job(model=Wide, data=samples, loss=loss, optimizer=adamw, global_batch=8)
+    maker = Maker(job, Graph.of(job))
+    cut = [op.id for op in maker.graph.ops if op.name == "aten.linear"][1]
+    plans = [
+        Plan((pipeline(2),), (cut,), micro_batches=n, schedule=how) for n in (2, 4) for how in ("1f1b", "zero-bubble")
+    ]
+    found = pool(2).run(measured, job, [plan.text() for plan in plans], timeout=100)[0]
+    for plan, most in zip(plans, found, strict=True):
+        foretold = Pricer(maker.graph, maker.pricer.profile).price(plan, here(2), job.global_batch).peak
+        assert foretold / most >= 0.95, (plan.title(), foretold, most)
+
+
 def test_what_is_allocated_where_something_was_says_that_it_was_freed() -> None:
     # One of two blocks is freed where nobody sees it; a smaller and a larger one take its place, one after the other.
     assert fullest([(0, 64), (64, 64), (80, 16), (80, -16), (64, 100), (0, -64), (64, -100)]) == 164

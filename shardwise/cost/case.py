@@ -259,16 +259,16 @@ class Case:
             "optimizer": s.weights * p.state / self._shards(1),
             # While a block is computed again, what it keeps is there; gathered weights are those of two blocks.
             "activations": s.kept * (flight - half) + s.halved * half + s.inside + more,
-            "buffers": p.fixed + gathered + (self.rooms(s) if p.stepwise else 0.0),
+            "buffers": p.fixed + gathered + self.rooms(s),
         }
         return {**found, "reserve": self.reserve * sum(found.values())}  # type: ignore[dict-item]
 
     def rooms(self, s: Held) -> Array:
-        """Bytes of stretches that wait to be sent, or are there to receive."""
-        if self.plan.zero != 2 or self.plan.micro_batches > 1:
-            return s.passed * min(self.plan.micro_batches, 3)  # what comes next is there, and what was sent last
-        # A bucket's gradients are whole until they are summed.
-        return s.passed + np.minimum(self.plan.bucket_bytes, 4 * s.weights) * (1 - 1 / self._shards(2))
+        """Bytes of stretches that wait to be sent, or are there to receive; of other frameworks none."""
+        # What comes next is there, and what was sent last; and a bucket's gradients are whole until they are summed.
+        whole = self.plan.zero == 2 and self.plan.micro_batches == 1
+        bucket = whole * np.minimum(self.plan.bucket_bytes, 4 * s.weights) * (1 - 1 / self._shards(2))
+        return (s.passed * min(self.plan.micro_batches, 3) + bucket) * self.profile.stepwise
 
     def waiting(self, s: Stretches, lead: Array, flight: float) -> Array:
         """Bytes gathered along tensor axes whose memory waits for the device, where only own parts are kept.

@@ -246,7 +246,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
         each, more = one - alone, both - half
         bytes_of[id(table)] = alone, half - 2 * each - more, each, more
-        passed[id(table)] = case.rooms(held) * (1 + case.reserve) * case.profile.stepwise
+        passed[id(table)] = case.rooms(held) * (1 + case.reserve)
     fixed = case.profile.fixed * (1 + case.reserve)
 
     def needs(rank: int, begins: Any) -> Array:

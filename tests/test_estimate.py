@@ -423,16 +423,22 @@ def test_an_unknown_profile_is_one_clear_message() -> None:
         profile("jax")
 
 
-def test_a_rank_that_waits_leaves_its_processor_to_the_others() -> None:
+@pytest.mark.parametrize(
+    ("ranks", "micros", "lost"),
+    # Two processors are busy as soon as two ranks are at work: one micro-batch on four ranks takes twice as long as
+    # four on all of them, with two micro-batches 1, 2, 2, 2, 1 are at work, and with more 1, 2, 3, 4, ..., 3, 2, 1.
+    [(2, 1, 0.0), (2, 8, 0.0), (4, 1, 1 / 3), (4, 2, 1 / 6), (4, 4, 1 / 6), (4, 8, 1 / 6)],
+)
+def test_a_rank_that_waits_leaves_its_processor_to_the_others(ranks: int, micros: int, lost: float) -> None:
     cluster = Cluster.load("4xcpu-core")
     kind = replace(cluster.nodes[0].device, crowd=Quantity(2.0, "for this test"))
-    plan = Plan((PlanAxis(PIPELINE, 2),), stages("llama", 2), micro_batches=2)
-    alone, crowded = (
-        price("llama", plan, cluster=c).seconds
-        for c in (cluster, replace(cluster, nodes=(replace(cluster.nodes[0], device=kind),)))
-    )
-    assert alone["bubble"] > 0.1 * alone["compute"]
-    assert crowded == alone | {"bubble": alone["bubble"] / 4}
+    shared = replace(cluster, nodes=(replace(cluster.nodes[0], device=kind),))
+    plan = Plan((PlanAxis(PIPELINE, ranks),), stages("llama", ranks), micro_batches=micros)
+    alone, crowded = (price("llama", plan, batch=32, cluster=c).seconds for c in (cluster, shared))
+    messages = crowded["communication pipeline"]
+    assert alone["bubble"] > 0.05 * alone["compute"] and 0 < messages < alone["bubble"]
+    assert crowded["bubble"] == pytest.approx((alone["bubble"] - messages) * lost, abs=0.03 * alone["bubble"])
+    assert crowded == alone | {name: crowded[name] for name in ("bubble", "communication pipeline")}
 
 
 def test_gradients_of_tied_weights_are_summed_over_the_stages_that_use_them() -> None:

@@ -17,7 +17,7 @@ from shardwise.cost.estimate import Estimate
 from shardwise.cost.place import COPIES, DATA, SHARDS, Place
 from shardwise.cost.profile import NOTHING, Besides, Profile
 from shardwise.cost.table import PLAIN, Held, Stretches, Table
-from shardwise.cost.timeline import ahead_seconds, most_held, pipeline_seconds
+from shardwise.cost.timeline import ahead_seconds, bubble_lost, most_held, pipeline_seconds
 from shardwise.cost.weights import Array
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
@@ -67,8 +67,7 @@ class Case:
 
     Attributes:
         ways: how often what crosses a cut is carried: there and back.
-        filled: how many times less a bubble takes where ranks share processors: a rank that waits leaves its part to
-            the others, and a processor waits only where all its ranks do; fitted on four ranks on two cores.
+        lost: share of a bubble in which processors wait too; less than 1 where ranks share them.
     """
 
     ways = 2
@@ -91,7 +90,7 @@ class Case:
         self.shards, self.ahead = min(besides.shards or self.data, self.data), besides.ahead
         self.spread, self.zero = besides.spread, plan.zero or besides.zero
         crowds = {place.device.crowd.value if place.device.crowd else 1.0 for place in places}
-        self.filled = crowds.pop() ** 2 if len(crowds) == 1 else 1.0
+        self.lost = bubble_lost(plan.pipeline, plan.micro_batches, crowds.pop() if len(crowds) == 1 else 1.0)
 
     def sharing(self, plan: Plan) -> int:
         """How many ranks have the same weights and other samples."""
@@ -350,8 +349,7 @@ class Case:
     def estimate(self, cuts: Sequence[int]) -> Estimate:
         """The price with stages that begin at these operators, the first at none."""
         bounds, ranks, micros = [0, *cuts, self._end], self.plan.pipeline, self.plan.micro_batches
-        stages = len(bounds) - 1
-        owners = [stage_rank(i, ranks) for i in range(stages)]
+        owners = [stage_rank(i, ranks) for i in range(len(bounds) - 1)]
         own, full = (_stages(tables, bounds, owners) for tables in (self.tables, self.held))
         times = [self.times(r, s) for r, s in zip(owners, own, strict=True)]
         forward, backward = [float(t.forward) for t in times], [float(t.backward) for t in times]
@@ -360,7 +358,9 @@ class Case:
         total = self._through(times, sends)
         compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
-        bubble = max(total - compute - waits - sum(sent.values()), 0.0) / self.filled if stages > 1 else 0.0
+        # Who shares a processor needs it to send and to receive.
+        carrying = self.ways * micros * sum(sends) / ranks * (self.lost < 1)
+        bubble = max(total - compute - waits - sum(sent.values()) - carrying, 0.0) * self.lost if cuts else 0.0
         merged, most = (
             [_sum([s for s, r in zip(those, owners, strict=True) if r == rank]) for rank in range(ranks)]
             for those in (own, full)
@@ -372,8 +372,8 @@ class Case:
         hidden[DATA] = hidden.get(DATA, 0.0) + float(slowest[1])
         for axis, more in slowest[2].items():
             sent[axis] = sent.get(axis, 0.0) + float(more)
-        if stages > 1:
-            sent[PIPELINE] = self._tied(merged)
+        if cuts:
+            sent[PIPELINE] = self._tied(merged) + carrying
         seconds = {"compute": compute, "overhead": waits + self._step()}
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
         seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}

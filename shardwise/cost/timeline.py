@@ -11,6 +11,8 @@ from shardwise.parallel.schedule import Action, orders
 
 _MANY = 20_000
 """Actions beyond which a pipeline is not run but reckoned by its slowest stage."""
+_TIE = 0.02
+"""Share of a bubble that is always lost: of stages that would take as long even ones are taken."""
 
 
 def pipeline_seconds(
@@ -111,6 +113,26 @@ def ahead_seconds(
         clock[stage] = done[action] = start + takes[action.kind][stage]
         counts[stage][action.kind] += 1
     return max(clock)
+
+
+def bubble_lost(ranks: int, micros: int, crowd: float) -> float:
+    """Share of a pipeline's bubble in which processors wait too, where ranks share them.
+
+    While a pipeline fills and drains some of its ranks wait, and the others have their part of the processors, up to
+    as many times as much as ranks share one. With as many ranks at work as there are processors nothing is lost.
+
+    Args:
+        ranks: along the pipeline.
+        micros: micro-batches.
+        crowd: how many ranks share a processor; 1 where each has its own.
+    """
+    if ranks == 1 or crowd <= 1:
+        return 1.0
+    most = min(ranks, micros)
+    # How many ranks have a micro-batch, one after the other, and what it takes them, to all ranks at work.
+    at_work = [*range(1, most), *[most] * (abs(micros - ranks) + 1), *range(1, most)]
+    seconds = math.fsum(max(count / ranks, 1 / crowd) for count in at_work)
+    return max((seconds - micros) / (ranks - 1), _TIE)
 
 
 def most_held(ranks: int, each: int, micros: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

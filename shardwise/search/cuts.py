@@ -105,10 +105,10 @@ class Cuts:
         if self._grid is None:
             return None
         if objective == "memory":
-            found = [_through(self._grid.used, _slowest(self._grid.used))[1]]
+            found = [_through(_fastest(self._grid.used))[1]]
         elif objective == "throughput":
             # Of the cuts with the best pace those whose way is the shortest.
-            found = [_through(self._grid.times, _slowest(self._grid.times))[1]]
+            found = [_through(_fastest(self._grid.times))[1]]
         else:
             found = _candidates(self._grid, self.case.plan.micro_batches)
         cuts = [[self._bounds[i] for i in path[1:-1]] for path in found]
@@ -141,7 +141,7 @@ class Cuts:
             reached = np.where(fit, total, np.inf).min(axis=1)
         returns = self.case.plan.schedule == "1f1b" and self.case.ways > 1
         rounds = -(-micros // self.stages) if returns else 0
-        return max(float(reached[0]), rounds * _through(grid.times, np.inf)[0] + _slowest(grid.tails))
+        return max(float(reached[0]), rounds * _through(grid.times)[0] + _slowest(grid.tails))
 
     def _share(self, first: int) -> float:
         """Seconds of the ranks from `first` on in the mean, as few as can be: those before have less room for more."""
@@ -200,14 +200,16 @@ class _Grid:
         needs: bytes.
         fits: whether there is memory enough.
         rounds: stages of each rank.
-        filled: as of a `Case`.
+        lost: as of a `Case`.
+        carried: of the seconds that carrying a micro-batch takes how many times as many a step has besides its bubble.
     """
 
     takes: Sequence[_Takes]
     needs: Sequence[Array]
     fits: Sequence[npt.NDArray[np.bool_]]
     rounds: int
-    filled: float
+    lost: float
+    carried: float
 
     @property
     def ranks(self) -> int:
@@ -217,6 +219,17 @@ class _Grid:
     def times(self) -> Sequence[Array]:
         """Seconds of each stage; infinite where it has too little memory."""
         return self._where_it_fits([takes.times for takes in self.takes])
+
+    @cached_property
+    def paces(self) -> Sequence[Array]:
+        """Seconds by which each micro-batch but one makes a step longer where the stage is the slowest, likewise."""
+        return self._where_it_fits([self.lost * takes.times for takes in self.takes])
+
+    @cached_property
+    def lengths(self) -> Sequence[Array]:
+        """Seconds by which each stage makes a step longer besides, but for what no cuts change; likewise."""
+        more = (1 - self.lost) * self.carried
+        return self._where_it_fits([self.lost * t.times + more * (t.times - t.busy) for t in self.takes])
 
     @cached_property
     def tails(self) -> Sequence[Array]:
@@ -288,7 +301,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         way = times.forward + sends[None, :] / 2 if halves else busy + sends[None, :]
         base[kind] = _Takes(busy + sends[None, :], busy, way, tail)
     takes = [base[id(table), id(place)] for table, place in zip(case.tables, case.places, strict=True)]
-    return _Grid(takes, used_by, fits_by, chunks, case.filled)
+    return _Grid(takes, used_by, fits_by, chunks, case.lost, case.plan.micro_batches / ranks)
 
 
 # The same table is asked for again with another ZeRO stage, or another number of ranks.
@@ -316,11 +329,10 @@ def _candidates(grid: _Grid, micros: int) -> list[list[int]]:
     """Cuts of which one is best: for lower and lower ceilings of what comes last the best pace and way."""
     found: dict[tuple[int, ...], float] = {}
     least, ceiling = _slowest(grid.tails), np.inf
-    at, times, tails = _narrow(grid, micros, least)
+    at, paces, lengths, tails = _narrow(grid, micros, least)
     for _ in range(_CEILINGS):
-        under = [np.where(tail < ceiling, time, np.inf) for time, tail in zip(times, tails, strict=True)]
-        path, value = _best_path(under, micros)
-        value /= grid.filled  # but for what no cuts change
+        under = float(np.nextafter(ceiling, 0.0))
+        path, value = _best_path(_within(paces, tails, under), _within(lengths, tails, under), micros)
         if path is None or (found and value + least >= min(found.values())):
             break
         ceiling = max(tail[i, j] for tail, (i, j) in zip(tails, pairwise(path), strict=True))
@@ -329,20 +341,20 @@ def _candidates(grid: _Grid, micros: int) -> list[list[int]]:
     return [[int(those[i]) for those, i in zip(at, path, strict=True)] for path in best]
 
 
-def _narrow(grid: _Grid, micros: int, least: float) -> tuple[list[Bounds], list[Array], list[Array]]:
-    """For each stage, and for the end, the bounds that better cuts than some may have there; their times and tails.
+def _narrow(grid: _Grid, micros: int, least: float) -> tuple[list[Bounds], list[Array], list[Array], list[Array]]:
+    """For each stage, and for the end, the bounds that better cuts than some may have there; paces, lengths and tails.
 
     No stage of better cuts is so slow that its pace alone, with the shortest way and what comes last at the least,
     takes as long as the cuts of the best pace do.
     """
-    quickest, (shortest, _) = _slowest(grid.times), _through(grid.times, np.inf)
+    quickest, (shortest, _) = _slowest(grid.paces), _through(grid.lengths)
     pace = np.inf
     if micros > 1 and np.isfinite(quickest):
-        length, path = _through(grid.times, quickest)
+        length, path = _through(_within(grid.lengths, grid.paces, quickest))
         last = max(tail[i, j] for tail, (i, j) in zip(grid.tails, pairwise(path), strict=True))
-        longer = length - shortest + grid.filled * (last - least)
+        longer = length - shortest + last - least
         pace = max(quickest, quickest + longer / (micros - 1)) * (1 + _ROUNDING)
-    fits = [times <= pace for times in grid.times]
+    fits = [paces <= pace for paces in grid.paces]
     ahead = [np.arange(len(fits[0])) == 0]
     for fit in fits:
         ahead.append(fit[ahead[-1]].any(axis=0))
@@ -352,25 +364,26 @@ def _narrow(grid: _Grid, micros: int, least: float) -> tuple[list[Bounds], list[
         at.append(begins[fit[np.ix_(begins, at[-1])].any(axis=1)])
     at.reverse()
     picks = [np.ix_(begins, ends) for begins, ends in pairwise(at)]
-    times, tails = ([some[pick] for some, pick in zip(each, picks, strict=True)] for each in (grid.times, grid.tails))
-    return at, times, tails
+    narrow = ([some[pick] for some, pick in zip(e, picks, strict=True)] for e in (grid.paces, grid.lengths, grid.tails))
+    paces, lengths, tails = narrow
+    return at, paces, lengths, tails
 
 
-def _best_path(times: Sequence[Array], micros: int) -> tuple[list[int] | None, float]:
+def _best_path(paces: Sequence[Array], lengths: Sequence[Array], micros: int) -> tuple[list[int] | None, float]:
     """The bounds of stages whose way through and pace together are least, and their seconds."""
-    quickest = _slowest(times)
+    quickest = _slowest(paces)
     if not np.isfinite(quickest):
         return None, np.inf
 
     def try_(pace: float) -> tuple[float, float, list[int]]:
-        length, path = _through(times, pace)
-        slowest = max(float(time[i, j]) for time, (i, j) in zip(times, pairwise(path), strict=True))
+        length, path = _through(_within(lengths, paces, pace))
+        slowest = max(float(some[i, j]) for some, (i, j) in zip(paces, pairwise(path), strict=True))
         return length, slowest, path
 
     length, _, best = try_(quickest)
     value = length + (micros - 1) * quickest
     # A slower pace pays where the way through all stages gets so much shorter: from the slowest that may, downwards.
-    shortest = _through(times, np.inf)[0]
+    shortest = _through(lengths)[0]
     pace = (value - shortest) / (micros - 1) if micros > 1 else np.inf
     for _ in range(_PACES):
         if pace <= quickest:
@@ -384,6 +397,16 @@ def _best_path(times: Sequence[Array], micros: int) -> tuple[list[int] | None, f
     return best, value
 
 
+def _fastest(times: Sequence[Array]) -> Sequence[Array]:
+    """Times of the stages that no best pace leaves out; infinite of others."""
+    return _within(times, times, _slowest(times))
+
+
+def _within(lengths: Sequence[Array], paces: Sequence[Array], pace: float) -> Sequence[Array]:
+    """Lengths of the stages that are no slower than a pace; infinite of others."""
+    return [np.where(slow <= pace, length, np.inf) for length, slow in zip(lengths, paces, strict=True)]
+
+
 def _slowest(both: Sequence[Array]) -> float:
     """The pace of the slowest stage, as fast as it can be."""
     reached = both[0][0]
@@ -392,13 +415,12 @@ def _slowest(both: Sequence[Array]) -> float:
     return float(reached[-1])
 
 
-def _through(both: Sequence[Array], pace: float) -> tuple[float, list[int]]:
-    """The shortest way through all stages of which none is slower than `pace`, and its bounds."""
-    first = both[0][0]
-    reached = np.where(first <= pace, first, np.inf)
+def _through(lengths: Sequence[Array]) -> tuple[float, list[int]]:
+    """The shortest way through all stages, and its bounds."""
+    reached = lengths[0][0]
     came = []
-    for times in both[1:]:
-        total = reached[:, None] + np.where(times <= pace, times, np.inf)
+    for each in lengths[1:]:
+        total = reached[:, None] + each
         came.append(total.argmin(axis=0))
         reached = total.min(axis=0)
     at = len(reached) - 1

@@ -247,7 +247,7 @@ class Planner:
         staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
         halved = least_filling(ranks, shape.chunks) * pace if len(kinds) == 1 else 0.0
         filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
-        step = micros * pace + max(filling, 0.0) / case.filled + rest
+        step = micros * pace + max(filling, 0.0) * case.lost + rest
         return step * (case.plan.ranks if objective == "cost" else 1)
 
     def _end(self, case: Case) -> tuple[float, float, float, float]:
@@ -284,8 +284,8 @@ class Planner:
         if objective == "throughput":
             return cuts.pace() / cuts.case.plan.replicas
         rest, pace, _, _ = self._end(cuts.case)
-        busy, filled = shape.micros * pace, cuts.case.filled
-        step = (cuts.least() + (filled - 1) * busy) / filled + (rest if shape.chunks > 1 else 0.0)
+        lost, busy = cuts.case.lost, shape.micros * pace
+        step = lost * (cuts.least() + (rest if shape.chunks > 1 else 0.0)) + (1 - lost) * (busy + rest)
         return max(bound, step * (cuts.case.plan.ranks if objective == "cost" else 1))
 
     def _may_fit(self, shape: Shape) -> bool:

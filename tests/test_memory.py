@@ -151,7 +151,7 @@ def test_half_through_backward_are_as_many_as_in_the_order_that_runs(ranks: int,
                 seen.add((whole + half, half))
             whole += {"F": 1, "B": -1, "I": -1}.get(action.kind, 0)
             half += {"I": 1, "W": -1}.get(action.kind, 0)
-        assert max(seen) == (case.in_flight(rank, ranks), case.half_done(rank))
+        assert max(seen) == (case.flight.most(rank, ranks), case.flight.half_done(rank))
 
 
 def test_a_rank_of_cores_has_the_whole_model_before_it_takes_its_part() -> None:

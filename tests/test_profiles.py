@@ -172,5 +172,5 @@ def test_backward_in_two_halves_keeps_as_much_on_every_rank() -> None:
     plan = Plan((PlanAxis(PIPELINE, 4),), ("a", "b", "c"), micro_batches=8)
     whole = pricer().case(plan.with_(schedule="1f1b"), NODES, 16)
     halves = pricer().case(plan.with_(schedule="zero-bubble"), NODES, 16)
-    assert [whole.in_flight(rank, 4) for rank in range(4)] == [4, 3, 2, 1]
-    assert [halves.in_flight(rank, 4) for rank in range(4)] == [4, 4, 4, 4]
+    assert [whole.flight.most(rank, 4) for rank in range(4)] == [4, 3, 2, 1]
+    assert [halves.flight.most(rank, 4) for rank in range(4)] == [4, 4, 4, 4]

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from shardwise.cost.timeline import most_held
+from shardwise.cost.flight import most_held
 from shardwise.errors import PlanError
 from shardwise.parallel.schedule import Action, actions, orders
 from shardwise.plan.plan import SCHEDULES

@@ -7,19 +7,21 @@ its cuts are one reckoning.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from shardwise.cost.estimate import Estimate
+from shardwise.cost.flight import Flight
+from shardwise.cost.pairs import NEIGHBOURS, Array
 from shardwise.cost.place import COPIES, DATA, SHARDS, Place
 from shardwise.cost.profile import NOTHING, Besides, Profile
-from shardwise.cost.table import PLAIN, Held, Stretches, Table
-from shardwise.cost.timeline import ahead_seconds, bubble_lost, most_held, pipeline_seconds
-from shardwise.cost.weights import Array
-from shardwise.parallel.schedule import stage_rank
+from shardwise.cost.table import Held, Stretches, Table
+from shardwise.cost.timeline import ahead_seconds, bubble_lost, pipeline_seconds
 from shardwise.plan.plan import PIPELINE, Plan
 
 _LEAST = 1e-12
@@ -51,6 +53,22 @@ class Times:
     lead: Array
     sent: Mapping[str, Array]
     hidden: Mapping[str, Array]
+
+
+class Alike(NamedTuple):
+    """Pipeline ranks that are alike; arrays of their stages are [stages of a rank, ranks].
+
+    Attributes:
+        ranks: which.
+        own: what their stages take.
+        full: what they hold where there is least room.
+        times: their seconds.
+    """
+
+    ranks: npt.NDArray[np.int_]
+    own: Stretches
+    full: Held
+    times: Times
 
 
 class Case:
@@ -88,6 +106,7 @@ class Case:
         self._copies = copies
         self.data = self.sharing(plan)
         self.shards, self.ahead = min(besides.shards or self.data, self.data), besides.ahead
+        self.flight = Flight(plan.schedule, plan.pipeline, plan.micro_batches, besides.ahead, profile.stepwise)
         self.spread, self.zero = besides.spread, plan.zero or besides.zero
         crowds = {place.device.crowd.value if place.device.crowd else 1.0 for place in places}
         self.lost = bubble_lost(plan.pipeline, plan.micro_batches, crowds.pop() if len(crowds) == 1 else 1.0)
@@ -108,7 +127,7 @@ class Case:
         added = s.weights * p.accumulate * (1 - 1 / self.plan.micro_batches) / rate
         forward, backward = s.forward, s.backward + s.again + added
         halved = place.device.halved
-        if halved is not None and rank and self.plan.schedule == "zero-bubble":  # the first stage receives nothing
+        if halved is not None and self.plan.schedule == "zero-bubble":
             backward = backward + s.meets * halved.value
         all_sent: dict[str, Array] = {}
         ways, staged = [], []
@@ -234,7 +253,7 @@ class Case:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def memory(self, s: Held, flight: float, half: float = 0.0) -> dict[str, Array]:
+    def memory(self, s: Held, flight: float | Array, half: float | Array = 0.0) -> dict[str, Array]:
         """Bytes of stretches as a rank's stages, by item.
 
         Args:
@@ -246,10 +265,10 @@ class Case:
         several = plan.micro_batches > 1
         # Gradients of parameters that backward makes one after the other, where none are accumulated or sent.
         more = s.growing if p.stepwise and not several and self.data == 1 else s.largest
-        if p.stepwise and half:
+        if p.stepwise and np.any(half):
             # Or it is fullest when the first half of all is through and the second half of the first begins.
-            more = np.maximum(more, s.halved - s.kept + s.late)
-        beside = (self.data > 1) + (flight > 1)
+            more = np.where(np.greater(half, 0), np.maximum(more, s.halved - s.kept + s.late), more)
+        beside = 1.0 * (self.data > 1) + np.greater(flight, 1)
         gathered = 2 * s.weights * 4 / self._copies if plan.zero == 3 and self.data > 1 else 0.0 * s.weights
         found = {
             "parameters": s.weight_bytes / self._shards(3),
@@ -269,7 +288,7 @@ class Case:
         bucket = whole * np.minimum(self.plan.bucket_bytes, 4 * s.weights) * (1 - 1 / self._shards(2))
         return (s.passed * min(self.plan.micro_batches, 3) + bucket) * self.profile.stepwise
 
-    def waiting(self, s: Stretches, lead: Array, flight: float) -> Array:
+    def waiting(self, s: Stretches, lead: Array, flight: Array) -> Array:
         """Bytes gathered along tensor axes whose memory waits for the device, where only own parts are kept.
 
         The host goes on without them, but what a collective writes is given back when the device is through with it.
@@ -283,7 +302,7 @@ class Case:
             return np.zeros_like(s.forward)
         micros = lead * self.plan.micro_batches
         if self.plan.pipeline > 1:
-            micros = max(flight - 2, 0.0) + np.minimum(1.0, micros) * (min(flight, 2.0) + (flight > 1))
+            micros = np.maximum(flight - 2, 0.0) + np.minimum(1.0, micros) * (np.minimum(flight, 2.0) + (flight > 1))
         return sum(sizes[1:], sizes[0]) * np.minimum(micros, p.queue / np.maximum(s.calls, 1.0))
 
     @cached_property
@@ -293,47 +312,6 @@ class Case:
 
     def _shards(self, from_stage: int) -> int:
         return self.shards * self.spread if self.zero >= from_stage else 1
-
-    def in_flight(self, rank: int, stages: int) -> float:
-        """Micro-batches whose activations a pipeline rank holds at most, over all its stages."""
-        plan, ranks = self.plan, self.plan.pipeline
-        each = stages // ranks
-        if plan.schedule == "gpipe":
-            return plan.micro_batches * each
-        if plan.schedule == "zero-bubble":
-            # The second half of a backward comes as late as the first rank's, and keeps what it needs.
-            return min(plan.micro_batches, ranks * self.ahead) * each
-        if each == 1:
-            return min(plan.micro_batches, ranks - rank)
-        ahead = (each - 1) * ranks + 2 * (ranks - rank - 1) + 1
-        return min(plan.micro_batches * each, ahead)
-
-    def kept_flight(self, rank: int, kept: Sequence[float]) -> float:
-        """Micro-batches in flight in the mean over a rank's stages, of which each keeps so many bytes for one."""
-        if not sum(kept):
-            return 0.0
-        ways = self._ways(rank, len(kept))
-        return max(sum(n * size for n, size in zip(way, kept, strict=True)) for way in ways) / sum(kept)
-
-    def least_flight(self, rank: int, each: int) -> float:
-        """Micro-batches in flight in the mean over so many stages of a rank, whatever each of them keeps."""
-        return max(min(way) for way in self._ways(rank, each))
-
-    def _ways(self, rank: int, each: int) -> Sequence[Sequence[float]]:
-        """How many micro-batches a rank's stages hold when they hold the most; some hold them in turns."""
-        stages = self.plan.pipeline * each
-        if self.plan.schedule == "interleaved":
-            return most_held(self.plan.pipeline, each, self.plan.micro_batches, rank)
-        return [[self.in_flight(rank, stages) / each] * each]
-
-    def half_done(self, rank: int) -> int:
-        """Of the micro-batches in flight on a pipeline rank those that are half through backward.
-
-        That is when the rank begins the first half of another, which is there with all that it keeps; of other
-        frameworks, whose memory is not followed through backward, when it is through with that.
-        """
-        another = self.profile.stepwise
-        return min(self.plan.micro_batches - another, rank + 1 - another) if self.plan.schedule == "zero-bubble" else 0
 
     # -- all of it ---------------------------------------------------------------------------------------------------
 
@@ -348,85 +326,107 @@ class Case:
 
     def estimate(self, cuts: Sequence[int]) -> Estimate:
         """The price with stages that begin at these operators, the first at none."""
-        bounds, ranks, micros = [0, *cuts, self._end], self.plan.pipeline, self.plan.micro_batches
-        owners = [stage_rank(i, ranks) for i in range(len(bounds) - 1)]
-        own, full = (_stages(tables, bounds, owners) for tables in (self.tables, self.held))
-        times = [self.times(r, s) for r, s in zip(owners, own, strict=True)]
-        forward, backward = [float(t.forward) for t in times], [float(t.backward) for t in times]
-        carried = [self.tables[0].live[cut] for cut in cuts]
-        sends = [float(self.sends(r, size)) for r, size in zip(owners, carried, strict=False)]
+        ranks, micros = self.plan.pipeline, self.plan.micro_batches
+        each = (len(cuts) + 1) // ranks
+        groups = self._groups([0, *cuts, self._end])
+
+        def rank_by_rank(arrays: Iterable[Array]) -> Array:
+            """Arrays of each group's ranks as one of all ranks, and of several stages each as one of all stages."""
+            arrays = list(arrays)
+            found = np.empty((*arrays[0].shape[:-1], ranks))
+            for group, array in zip(groups, arrays, strict=True):
+                found[..., group.ranks] = array
+            return found.ravel()
+
+        def of_stages(key: str) -> list[float]:
+            found: list[float] = rank_by_rank(getattr(g.times, key) for g in groups).tolist()
+            return found
+
+        times = {key: of_stages(key) for key in ("forward", "backward", "turn", "later")}
+        live = [float(self.tables[0].live[cut]) for cut in cuts]
+        sends = [float(self.sends(stage % ranks, size)) for stage, size in enumerate(live)]  # type: ignore[arg-type]
         total = self._through(times, sends)
-        compute, waits = (sum(float(getattr(t, key)) for t in times) * micros / ranks for key in ("compute", "waits"))
-        sent, hidden = (_by_axis([getattr(t, key) for t in times], micros / ranks) for key in ("sent", "hidden"))
+        compute, waits = (sum(of_stages(key)) * micros / ranks for key in ("compute", "waits"))
+        sent, hidden = (_by_axis([getattr(g.times, key) for g in groups], micros / ranks) for key in ("sent", "hidden"))
         # Who shares a processor needs it to send and to receive.
         carrying = self.ways * micros * sum(sends) / ranks * (self.lost < 1)
         bubble = max(total - compute - waits - sum(sent.values()) - carrying, 0.0) * self.lost if cuts else 0.0
-        merged, most = (
-            [_sum([s for s, r in zip(those, owners, strict=True) if r == rank]) for rank in range(ranks)]
-            for those in (own, full)
-        )
-        last = [sum(b for b, r in zip(backward, owners, strict=True) if r == rank) for rank in range(ranks)]
-        reductions = [self.reduction(r, s, np.array(last[r])) for r, s in enumerate(merged)]
-        slowest = max(reductions, key=lambda r: float(r[0]) + sum(float(x) for x in r[2].values()))
-        sent[DATA] = sent.get(DATA, 0.0) + float(slowest[0])
-        hidden[DATA] = hidden.get(DATA, 0.0) + float(slowest[1])
-        for axis, more in slowest[2].items():
-            sent[axis] = sent.get(axis, 0.0) + float(more)
+        merged = [g.own.together() for g in groups]
+        ends = [
+            self.reduction(int(g.ranks[0]), s, g.times.backward.sum(axis=0))
+            for g, s in zip(groups, merged, strict=True)
+        ]
+        shown, behind = rank_by_rank(end[0] for end in ends), rank_by_rank(end[1] for end in ends)
+        others = {axis: rank_by_rank(end[2][axis] for end in ends) for axis in ends[0][2]}
+        slowest = int(np.argmax(sum(others.values(), shown)))
+        sent[DATA] = sent.get(DATA, 0.0) + float(shown[slowest])
+        hidden[DATA] = hidden.get(DATA, 0.0) + float(behind[slowest])
+        for axis, more in others.items():
+            sent[axis] = sent.get(axis, 0.0) + float(more[slowest])
         if cuts:
-            sent[PIPELINE] = self._tied(merged) + carrying
+            sent[PIPELINE] = self._tied(sum(float(s.weights.sum()) for s in merged)) + carrying
+        update = max(float(self.update(int(g.ranks[0]), s).max()) for g, s in zip(groups, merged, strict=True))
         seconds = {"compute": compute, "overhead": waits + self._step()}
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
-        seconds |= {"bubble": bubble, "update": max(float(self.update(r, s)) for r, s in enumerate(merged))}
-        memory = []
-        for rank, s in enumerate(most):
-            kept = [float(part.kept) for part, r in zip(full, owners, strict=True) if r == rank]
-            flight = self.kept_flight(rank, kept)
-            found = self.memory(s, flight, self.half_done(rank) / len(kept))
-            items = {item: float(size) for item, size in found.items()}
-            mine = [(o, t) for o, t, r in zip(own, times, owners, strict=True) if r == rank]
-            loose = sum(float(self.waiting(o, t.lead, flight)) for o, t in mine)
-            loose += self.profile.fragments * sum(kept) * (flight > 1)
-            # Where there is no room for it, the allocator waits for the device and has a part back.
-            room = max(self.places[rank].memory - sum(items.values()), 0.0) / (1 + self.reserve)
-            loose = max(min(loose, room), loose * (1 - _BACK))
-            items["buffers"] += loose
-            items["reserve"] += loose * self.reserve
-            if self.profile.whole and not self._apart(rank):
-                shards = items["parameters"] if self.plan.zero == 3 else 0.0  # made while the whole is there
-                items["whole model"] = max(self._built + shards - sum(items.values()), 0.0)
-            memory.append(items)
+        seconds |= {"bubble": bubble, "update": update}
+        needs = [self._needs(group, each) for group in groups]
+        items = {item: rank_by_rank(need[item] for need in needs).tolist() for item in needs[0]}
+        memory = tuple({item: sizes[rank] for item, sizes in items.items()} for rank in range(ranks))
         limits = tuple(place.memory for place in self.places)
-        pace = self.pace(forward, sends)
-        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, tuple(memory), limits, pace)
+        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, memory, limits, self.pace(times, sends))
 
-    def _tied(self, ranks: Sequence[Stretches]) -> float:
-        """Seconds to sum the gradients of parameters that two pipeline ranks use, such as an embedding's."""
-        again = sum(float(s.weights) for s in ranks) - float(self.tables[0].whole.weights)
+    def _groups(self, bounds: Sequence[int]) -> list[Alike]:
+        """The pipeline ranks, alike ones together, with their stages between these bounds."""
+        stages = np.arange(len(bounds) - 1).reshape(-1, self.plan.pipeline)  # which go round the ranks
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        for rank, parts in enumerate(zip(self.tables, self.held, self.places, strict=True)):
+            kinds.setdefault(tuple(map(id, parts)), []).append(rank)
+        found = []
+        for ranks in kinds.values():
+            table, held, which = self.tables[ranks[0]], self.held[ranks[0]], stages[:, ranks]
+            own = table.between(bounds, NEIGHBOURS).pick(which)
+            full = own if held is table else held.held(bounds, NEIGHBOURS).pick(which)
+            found.append(Alike(np.array(ranks), own, full, self.times(ranks[0], own)))
+        return found
+
+    def _needs(self, group: Alike, each: int) -> dict[str, Array]:
+        """Bytes of every rank of a group, by item."""
+        kept = group.full.kept
+        flight = np.array([self.flight.kept(r, sizes) for r, sizes in zip(group.ranks, kept.T.tolist(), strict=True)])
+        half = np.array([self.flight.half_done(rank) / each for rank in group.ranks])
+        items = self.memory(group.full.together(), flight, half)
+        loose = self.waiting(group.own, group.times.lead, flight).sum(axis=0)
+        loose = loose + self.profile.fragments * kept.sum(axis=0) * (flight > 1)
+        # Where there is no room for it, the allocator waits for the device, and has a part back.
+        room = np.maximum(self.places[group.ranks[0]].memory - sum(items.values()), 0.0) / (1 + self.reserve)
+        loose = np.maximum(np.minimum(loose, room), loose * (1 - _BACK))
+        items["buffers"] = items["buffers"] + loose
+        items["reserve"] = items["reserve"] + loose * self.reserve
+        if self.profile.whole and not self._apart(group.ranks[0]):
+            shards = items["parameters"] if self.plan.zero == 3 else 0.0  # made while the whole is there
+            items["whole model"] = np.maximum(self._built + shards - sum(items.values()), 0.0)
+        return items
+
+    def _tied(self, weights: float) -> float:
+        """Seconds to sum gradients of parameters that two pipeline ranks use, where all have so many entries."""
+        again = weights - float(self.tables[0].whole.weights)
         if again < 1 or self.ways == 1:
             return 0.0
         fixed, each = self.places[0].routes[PIPELINE].parts("all_reduce")
         ring = 2 * (self.plan.pipeline - 1) / self.plan.pipeline  # of two ranks it is 1
         return fixed + each / ring * again * self.profile.send_gradient
 
-    def pace(self, forward: Sequence[float], sends: Sequence[float]) -> float:
+    def pace(self, stages: Mapping[str, Sequence[float]], sends: Sequence[float]) -> float:
         """Seconds from one batch to the next; 0 where the next waits for all that a step takes."""
         return 0.0
 
-    def _through(self, stages: Sequence[Times], sends: Sequence[float]) -> float:
+    def _through(self, stages: Mapping[str, Sequence[float]], sends: Sequence[float]) -> float:
         """Seconds of all micro-batches through all stages."""
         micros, ranks = self.plan.micro_batches, self.plan.pipeline
-        forward, backward, turns, later = (
-            [float(getattr(t, key)) for t in stages] for key in ("forward", "backward", "turn", "later")
-        )
+        forward, backward, turns, later = (stages[key] for key in ("forward", "backward", "turn", "later"))
         if self.ahead > 1:
             return ahead_seconds(self.ahead * ranks, micros, forward, backward, sends, later)
         return pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends, turns, later)
-
-
-def _stages(tables: Sequence[Table], bounds: Sequence[int], owners: Sequence[int]) -> list[Stretches]:
-    """What each stage needs, by the table of the rank that has it."""
-    each = {id(table): table.between(bounds) for table in {id(t): t for t in tables}.values()}
-    return [each[id(tables[rank])].pick(i, i + 1) for i, rank in enumerate(owners)]
 
 
 def _by_axis(stages: Sequence[Mapping[str, Array]], times: float) -> dict[str, float]:
@@ -434,17 +434,5 @@ def _by_axis(stages: Sequence[Mapping[str, Array]], times: float) -> dict[str, f
     found: dict[str, float] = {}
     for stage in stages:
         for axis, seconds in stage.items():
-            found[axis] = found.get(axis, 0.0) + float(seconds) * times
+            found[axis] = found.get(axis, 0.0) + float(np.sum(seconds)) * times
     return found
-
-
-def _sum(parts: Sequence[Stretches]) -> Stretches:
-    """What the stages of one rank need together; messages are not added."""
-    if len(parts) == 1:
-        return parts[0]
-    plain = {}
-    for name in PLAIN:
-        values = [getattr(s, name) for s in parts]
-        plain[name] = max(values) if name in ("inside", "largest", "growing", "late") else sum(values)
-    summed = {axis: sum(s.summed[axis] for s in parts) for axis in parts[0].summed}
-    return Stretches(**plain, summed=summed, sent={}, sent_back={})  # type: ignore[arg-type]

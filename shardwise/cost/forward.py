@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from shardwise.cost.case import Case, Times
+from shardwise.cost.case import Case
+from shardwise.cost.pairs import Array
 from shardwise.cost.table import Held
 from shardwise.cost.traits import is_view
-from shardwise.cost.weights import Array
 from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
 from shardwise.plan.plan import Plan
@@ -32,7 +32,7 @@ class Forward(Case):
         """Replicas share no weights."""
         return 1
 
-    def memory(self, s: Held, flight: float, half: float = 0.0) -> dict[str, Array]:
+    def memory(self, s: Held, flight: float | Array, half: float | Array = 0.0) -> dict[str, Array]:
         """As of a `Case`; a module that runs as it is has more, for its functions' variables live until they return."""
         found = super().memory(s, flight, half)
         if self.plan.replica().ranks == 1 and self.plan.micro_batches == 1:
@@ -50,12 +50,12 @@ class Forward(Case):
         """Nothing is updated."""
         return np.zeros_like(s.weights)
 
-    def pace(self, forward: Sequence[float], sends: Sequence[float]) -> float:
+    def pace(self, stages: Mapping[str, Sequence[float]], sends: Sequence[float]) -> float:
         """Seconds from one chunk to the next in a pipeline that is full: its slowest stage's."""
-        return self.plan.micro_batches * _slowest(forward, sends)
+        return self.plan.micro_batches * _slowest(stages["forward"], sends)
 
-    def _through(self, stages: Sequence[Times], sends: Sequence[float]) -> float:
-        forward = [float(t.forward) for t in stages]
+    def _through(self, stages: Mapping[str, Sequence[float]], sends: Sequence[float]) -> float:
+        forward = stages["forward"]
         return sum(forward) + sum(sends) + (self.plan.micro_batches - 1) * _slowest(forward, sends)
 
     def _step(self) -> float:

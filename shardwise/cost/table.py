@@ -1,8 +1,9 @@
 """Table: what the operators of a graph take on one rank, summed up, so that a stage is one difference.
 
 A table is for one split of the operators, one size of micro-batch, one device and one choice of recompute. Of many
-bounds at once it gives every stretch between two of them, which is what the search for cuts needs. What several tables
-have in common is reckoned once: `Weights` of a split, `Rows` of a split and a micro-batch, `Again` of recompute.
+bounds at once it gives the stretches between all of them, which is what the search for cuts needs, or those between
+neighbours, which are a plan's stages. What several tables have in common is reckoned once: `Weights` of a split, `Rows`
+of a split and a micro-batch, `Again` of recompute.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.kernels import Kernels
+from shardwise.cost.pairs import NEIGHBOURS, Array, Bounds, Pairs, tops
 from shardwise.cost.traits import ATTENTION, PRODUCT
-from shardwise.cost.weights import Array, Bounds, Weights
+from shardwise.cost.weights import Weights
 from shardwise.cost.work import Message, Task, Work
 from shardwise.graph.fold import Folded
 from shardwise.graph.graph import CASTS
@@ -28,7 +30,7 @@ from shardwise.parallel.recompute import blocks_by
 
 @dataclass(frozen=True)
 class Held:
-    """What stretches of operators hold for one micro-batch: entry [i, j] is that from bound i up to bound j.
+    """What stretches of operators hold for one micro-batch, an entry for each stretch.
 
     Attributes:
         kept: bytes kept for backward.
@@ -62,21 +64,26 @@ class Held:
         """Bytes that one micro-batch takes at most."""
         return self.kept + self.inside + self.largest
 
-    def pick(self, i: int, j: int) -> Self:
-        """The one stretch from bound i up to bound j."""
-        return self._with(lambda array: array[i, j])
+    def pick(self, which: Any) -> Self:
+        """Some of the stretches, by an index of their arrays."""
+        return self._with(lambda name, array: array[which])
 
     def scaled(self, share: float) -> Self:
         """A share of every stretch."""
-        return self._with(lambda array: array * share)
+        return self._with(lambda name, array: array * share)
 
-    def _with(self, change: Callable[[Array], Array]) -> Self:
-        def changed(item: Any) -> Any:
+    def together(self) -> Held:
+        """What the stretches along the first dim hold together: of stages of one rank."""
+        held = {name: getattr(self, name) for name in Held.__dataclass_fields__}
+        return Held(**held)._with(lambda name, array: array.max(axis=0) if name in _ONE else array.sum(axis=0))
+
+    def _with(self, change: Callable[[str, Array], Array]) -> Self:
+        def changed(name: str, item: Any) -> Any:
             if isinstance(item, Mapping):
-                return {key: changed(value) for key, value in item.items()}
-            return tuple(map(changed, item)) if isinstance(item, tuple) else change(item)
+                return {key: changed(name, value) for key, value in item.items()}
+            return tuple(changed(name, each) for each in item) if isinstance(item, tuple) else change(name, item)
 
-        return replace(self, **{name: changed(item) for name, item in vars(self).items()})
+        return replace(self, **{name: changed(name, item) for name, item in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,8 @@ class Stretches(Held):
     sent_back: Mapping[tuple[str, str], tuple[Array, Array]]
 
 
-PLAIN = (
-    "forward", "backward", "later", "again", "calls", "calls_back", "meets", "kept", "halved", "late", "inside",
-    "largest", "growing", "passed", "weights", "weight_bytes", "tensors",
-)  # fmt: skip
-"""The items of a stretch that are one array each."""
+_ONE = {"inside", "largest", "growing", "late"}
+"""What stages of one rank do not hold at the same time."""
 
 
 class Rows:
@@ -351,88 +355,74 @@ class Table:
     @cached_property
     def whole(self) -> Stretches:
         """All operators as one stretch."""
-        return self.between([0, len(self.graph.ops)]).pick(0, 1)
+        return self.between([0, len(self.graph.ops)], NEIGHBOURS).pick(0)
 
     @cached_property
     def whole_held(self) -> Held:
         """What all operators hold."""
-        return self.held([0, len(self.graph.ops)]).pick(0, 1)
+        return self.held([0, len(self.graph.ops)], NEIGHBOURS).pick(0)
 
-    def held(self, bounds: Sequence[int]) -> Held:
-        """What every stretch between two of these operators holds; arguments as for `between`."""
+    def held(self, bounds: Sequence[int], pairs: Pairs) -> Held:
+        """What stretches between two of these operators hold; arguments as for `between`."""
         at = np.array(bounds)
-        entries, sizes, tensors, summed = self.weights.between(at)
-        largest, growing = self._most_back(at)
+        entries, sizes, tensors, summed = self.weights.between(at, pairs)
+        largest, growing = self._most_back(at, pairs)
         # What the model returns crosses the end, and goes to no stage.
         crossing = np.where(at == len(self.graph.ops), 0.0, self.live[at])
         return Held(
-            kept=_differences(self._kept[at]),
-            halved=_differences(self._halved[at]),
-            late=np.triu(_most(_tops(self.rows.late, at)), 1),
-            inside=self._most_inside(at),
+            kept=pairs.ends(self._kept[at]) - pairs.starts(self._kept[at]),
+            halved=pairs.ends(self._halved[at]) - pairs.starts(self._halved[at]),
+            late=pairs.real(pairs.most(tops(self.rows.late, at))),
+            inside=pairs.most(self._most_inside(at)),
             largest=largest,
             growing=growing,
-            passed=np.triu(crossing[:, None] + crossing[None, :], 1),
+            passed=pairs.real(pairs.starts(crossing) + pairs.ends(crossing)),
             weights=entries,
             weight_bytes=sizes,
             tensors=tensors,
             summed=summed,
         )
 
-    def between(self, bounds: Sequence[int]) -> Stretches:
-        """What every stretch between two of these operators takes.
+    def between(self, bounds: Sequence[int], pairs: Pairs) -> Stretches:
+        """What stretches between two of these operators take.
 
         Args:
             bounds: indices of operators, growing; the number of operators stands for the end.
+            pairs: which two of them.
         """
         at = np.array(bounds)
-        ways = [{k: (_differences(c[at]), _differences(s[at])) for k, (c, s) in m.items()} for m in self._messages]
-        sums: dict[str, Any] = {name: _differences(running[at]) for name, running in self._sums.items()}
-        return Stretches(**vars(self.held(bounds)), **sums, sent=ways[0], sent_back=ways[1])
 
-    def _most_back(self, at: Bounds) -> tuple[Array, Array]:
+        def taken(running: Array) -> Array:
+            return pairs.ends(running[at]) - pairs.starts(running[at])
+
+        ways = [{key: (taken(calls), taken(sizes)) for key, (calls, sizes) in way.items()} for way in self._messages]
+        sums: dict[str, Any] = {name: taken(running) for name, running in self._sums.items()}
+        sums["meets"] = sums["meets"] * (pairs.starts(at) > 0)  # the first stage receives nothing
+        return Stretches(**vars(self.held(bounds, pairs)), **sums, sent=ways[0], sent_back=ways[1])
+
+    def _most_back(self, at: Bounds, pairs: Pairs) -> tuple[Array, Array]:
         """What backward of every stretch makes at its fullest moment besides what is kept: `largest` and `growing`."""
         if self.rows.back is None:
-            largest = _most(_tops(self.rows.largest, at))
+            largest = pairs.most(tops(self.rows.largest, at))
             return largest, largest
         grads, summed, others = self.rows.back
         # Behind an operator nothing is kept any more.
-        moments = self._kept[1:] + others + summed
-        largest = _most(_tops(moments + grads, at)) - self._kept[at][None, :]
+        moments, kept = self._kept[1:] + others + summed, pairs.ends(self._kept[at])
+        largest = pairs.most(tops(moments + grads, at)) - kept
         made = self.weights.gradients()
-        growing = _most(_tops(moments - made[:-1], at)) + made[at][:, None] - self._kept[at][None, :]
-        return tuple(np.triu(each, 1) for each in (largest, growing))  # type: ignore[return-value]
+        growing = pairs.most(tops(moments - made[:-1], at)) + pairs.starts(made[at]) - kept
+        return pairs.real(largest), pairs.real(growing)
 
     def _most_inside(self, at: Bounds) -> Array:
-        if not self._inside.any():
-            return np.zeros((len(at), len(at)))
+        """Bytes of the largest block between neighbouring bounds while it is computed again."""
         most = []
-        for a, b in pairwise(at):
+        for a, b in pairwise(at) if self._inside.any() else ():
             totals: dict[str, float] = {}
             for i in range(a, b):
                 totals[self.blocks[i]] = totals.get(self.blocks[i], 0.0) + self._inside[i]
             most.append(max(totals.values(), default=0.0))
-        return _most(np.array(most))
+        return np.array(most) if most else np.zeros(len(at) - 1)
 
 
 def _running(values: Array) -> Array:
     return np.concatenate([[0.0], np.cumsum(values)])
-
-
-def _differences(running: Array) -> Array:
-    """For each pair of bounds what is between them."""
-    return running[None, :] - running[:, None]
-
-
-def _tops(values: Array, at: Bounds) -> Array:
-    """The largest value between neighbouring bounds."""
-    return np.array([values[a:b].max(initial=-np.inf if a < b else 0.0) for a, b in pairwise(at)])
-
-
-def _most(values: Array) -> Array:
-    """For each pair of bounds the largest of what is between neighbours."""
-    n = len(values) + 1
-    found = np.zeros((n, n))
-    for i in range(n - 1):
-        found[i, i + 1 :] = np.maximum.accumulate(values[i:])
-    return found

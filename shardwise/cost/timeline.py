@@ -135,25 +135,6 @@ def bubble_lost(ranks: int, micros: int, crowd: float) -> float:
     return max((seconds - micros) / (ranks - 1), _TIE)
 
 
-def most_held(ranks: int, each: int, micros: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of how many micro-batches a rank's interleaved stages hold activations when they hold the most together.
-
-    Its first backward comes behind so many forwards (Narayanan et al., 2021), which go round its stages with as many
-    micro-batches as there are ranks; later the first stages are ahead, by as many again at the most.
-
-    Returns:
-        for each stage how many at first, and how many when the first stages have gone ahead as far as they do.
-    """
-    most = min(micros * each, (each - 1) * ranks + 2 * (ranks - rank - 1) + 1)
-    rounds, rest = divmod(most, ranks * each)
-    first = [rounds * ranks + min(max(rest - k * ranks, 0), ranks) for k in range(each)]
-    ahead, left = [], most
-    for _ in range(each):
-        ahead.append(min(left, micros, 2 * ranks))
-        left -= ahead[-1]
-    return tuple(first), tuple(ahead)
-
-
 class _Step(NamedTuple):
     """One action: its rank, which of the times it takes, the step that it waits for (0 for none), over which hop."""
 

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
+from shardwise.cost.pairs import Array, Bounds, Pairs
 from shardwise.cost.work import Work
 from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
-
-Array = npt.NDArray[np.float64]
-Bounds = npt.NDArray[np.int_]
 
 
 class Weights:
@@ -55,13 +52,13 @@ class Weights:
         found: Array = 4 * self._running[:, 3]
         return found
 
-    def between(self, at: Bounds) -> tuple[Array, Array, Array, Mapping[str, Array]]:
+    def between(self, at: Bounds, pairs: Pairs) -> tuple[Array, Array, Array, Mapping[str, Array]]:
         """Entries, bytes and number of what each stretch reads, each parameter once; entries to sum over each axis."""
-        found = self._running[at][None, :, :] - self._running[at][:, None, :]
+        found = pairs.ends(self._running[at]) - pairs.starts(self._running[at])
         for before, use, row in self._repeated:
             # A stretch that begins between two uses has the second without the first.
             begins = (at > before) & (at <= use)
             if begins.any():
-                found += (begins[:, None] & (at > use)[None, :])[:, :, None] * row
+                found += (pairs.starts(begins) & pairs.ends(at > use))[..., None] * row
         summed = {axis: found[..., 4 + k] for k, axis in enumerate(self.axes)}
         return found[..., 0], found[..., 1], found[..., 2], summed

@@ -11,6 +11,7 @@ import torch
 
 from shardwise.cost.place import DATA
 from shardwise.cost.traits import ATTENTION, MEMORY, NOTHING, PRODUCT, Traits
+from shardwise.graph.dims import Size
 from shardwise.graph.graph import Graph, Op
 from shardwise.graph.rules import Value
 from shardwise.graph.saved import Saved
@@ -101,6 +102,7 @@ class Work:
         self.balanced, self.regather, self.scores = balanced, regather, scores
         self.layout = Layout(graph, axes)
         self._tasks: dict[int, list[Task]] = {}
+        self._entries: dict[Value, tuple[Size, int]] = {}
 
     # -- sizes -------------------------------------------------------------------------------------------------------
 
@@ -114,7 +116,12 @@ class Work:
 
     def local(self, value: Value, samples: int, states: States | None = None) -> float:
         """Entries of a tensor on one rank."""
-        return value.numel().at(samples) / self.parts(states if states is not None else self.layout.states[value])
+        if states is not None:
+            return value.numel().at(samples) / self.parts(states)
+        if value not in self._entries:
+            self._entries[value] = value.numel(), self.parts(self.layout.states[value])
+        size, parts = self._entries[value]
+        return size.at(samples) / parts
 
     def local_bytes(self, value: Value, samples: int, states: States | None = None) -> float:
         """Bytes of a tensor on one rank."""

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from shardwise.cost.pairs import Array
 from shardwise.cost.pricer import Pricer
-from shardwise.cost.weights import Array
 from shardwise.graph.graph import Graph
 from shardwise.job import Job
 from shardwise.machine.backend import Backend

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwise.cost.case import Case
+from shardwise.cost.pairs import ALL, Array, Bounds
 from shardwise.cost.table import Held, Stretches, Table
-from shardwise.cost.weights import Array, Bounds
 
 _PLACES = 192
 """Of how many places to cut at most one is found to be best."""
@@ -265,9 +265,9 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     def needs(rank: int, begins: Any) -> Array:
         """Bytes of the stretches that begin at some bounds, as one of a rank's stages."""
         alone, halved, each, more = (values[begins] for values in bytes_of[id(case.held[rank])])
-        half = case.half_done(rank)
+        half = case.flight.half_done(rank)
         found: Array = halved if half else alone
-        found = found + (case.in_flight(rank, ranks * chunks) * each + half * more) / chunks
+        found = found + (case.flight.most(rank, ranks * chunks) * each + half * more) / chunks
         return found
 
     rooms = []
@@ -309,12 +309,12 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
 
 @lru_cache(maxsize=_TABLES)
 def _held(table: Table, bounds: tuple[int, ...]) -> Held:
-    return table.held(bounds)
+    return table.held(bounds, ALL)
 
 
 @lru_cache(maxsize=_TABLES)
 def _stretches(table: Table, bounds: tuple[int, ...]) -> Stretches:
-    return table.between(bounds)
+    return table.between(bounds, ALL)
 
 
 def _possible(fits: Sequence[npt.NDArray[np.bool_]]) -> bool:

@@ -310,8 +310,8 @@ class Planner:
             return float(sum(case.memory(held[0], 1.0).values()))
         items = [case.memory(s, 0.0) for s in held]
         static = min(sum(float(item[key]) for key in ("parameters", "gradients", "optimizer")) for item in items)
-        flight = np.array([case.least_flight(rank, shape.chunks) for rank in range(shape.pipeline)])
-        half = np.array([case.half_done(rank) for rank in range(shape.pipeline)]) / shape.chunks
+        flight = np.array([case.flight.least(rank, shape.chunks) for rank in range(shape.pipeline)])
+        half = np.array([case.flight.half_done(rank) for rank in range(shape.pipeline)]) / shape.chunks
         kept, halved = (min(float(getattr(s, name)) for s in held) for name in ("kept", "halved"))
         bounds = [static / shape.pipeline]
         for each, count in ((kept, flight - half), (halved, half)):

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from shardwise.engine.launch import Ranks, joined
 from shardwise.errors import LostRankError
+from shardwise.machine import shared_memory
 from shardwise.machine.backend import Backend
 from shardwise.machine.shared_memory import shares_memory
+from shardwise.machine.slots import Slots
 from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import open_group
 from tests.pool import Pool
@@ -147,12 +149,16 @@ def _parts_with_gaps() -> list[bool]:
             summed = torch.empty(shape)
             dist.reduce_scatter(summed, list(whole.unbind(1)), group=group)
             found.append(torch.equal(summed, whole[:, place.rank] * place.world))
+            # The last rank alone has the room, and no other knows into what rows its part goes.
+            last, again = place.world - 1, torch.zeros_like(whole)
+            dist.gather(mine, list(again.unbind(1)) if place.rank == last else None, last, group=group)
+            found.append(torch.equal(again, whole if place.rank == last else torch.zeros_like(whole)))
         return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_parts_may_have_gaps_between_their_rows(pool: Pool, ranks: int) -> None:
-    assert pool(ranks).run(_parts_with_gaps, timeout=60) == [[True] * 6] * ranks
+    assert pool(ranks).run(_parts_with_gaps, timeout=60) == [[True] * 9] * ranks
 
 
 def _tensor_in_another_layout() -> list[float]:
@@ -236,6 +242,27 @@ def _late() -> str:
         else:
             time.sleep(3.0)
         return said
+
+
+def _slow_to_start() -> float:
+    """A rank that takes longer to map its memory than others wait before they look whether it lives."""
+    with joined() as place:
+
+        class Slow(Slots):
+            def __init__(self, *args: Any) -> None:
+                time.sleep(1.0 * (place.rank == 0))
+                super().__init__(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_memory, "Slots", Slow)
+            group, _ = open_group(range(place.world), "test")
+        x = torch.ones(1)
+        dist.all_reduce(x, group=group)
+        return float(x)
+
+
+def test_a_rank_that_is_slow_to_start_is_not_taken_for_gone(pool: Pool) -> None:
+    assert pool(2).run(_slow_to_start, timeout=60) == [2.0, 2.0]
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

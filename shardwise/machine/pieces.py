@@ -53,6 +53,20 @@ def get(piece: Tensor, slot: Tensor) -> None:
     piece.copy_(slot[: piece.numel()].view(piece.shape))
 
 
+def fill(rows: Tensor, start: int, numbers: Tensor) -> None:
+    """Write numbers into rows, which may have gaps between them, from a place on that counts those before it."""
+    row, column = divmod(start, rows.shape[1])
+    if column:
+        first = numbers[: rows.shape[1] - column]
+        rows[row, column : column + len(first)].copy_(first)
+        row, numbers = row + 1, numbers[len(first) :]
+    count, rest = divmod(len(numbers), rows.shape[1])
+    whole, last = numbers[: len(numbers) - rest], numbers[len(numbers) - rest :]
+    rows[row : row + count].copy_(whole.view(count, rows.shape[1]))
+    if rest:
+        rows[row + count, :rest].copy_(last)
+
+
 def join(piece: Tensor, slots: Sequence[Tensor], fold: Callable[..., Tensor]) -> None:
     """Fill a piece with what several slots have, folded in their order."""
     parts = [slot[: piece.numel()].view(piece.shape) for slot in slots]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.profiler import record_function
 
-from shardwise.machine.pieces import Pieces, alike, flat, get, give, join, rows
+from shardwise.machine.pieces import Pieces, alike, fill, flat, get, give, join, rows
 from shardwise.machine.slots import SLOT_BYTES, Exchange, Put, Slots, Take, meet
 
 NAME = "shardwise"
@@ -166,8 +166,7 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
         if self._slots is None:
             return self._gloo.gather(outputs, inputs, opts)
         self._tell("gather", inputs)
-        x, outs = alike(inputs[0], outputs[0] if outputs else inputs)
-        return self._gather(outs if outputs else None, x)
+        return self._collect(alike(inputs[0], outputs[0])[1] if outputs else (), alike(inputs[0], inputs)[0])
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Any:
         if self._slots is None:
@@ -234,23 +233,38 @@ class SharedMemoryGroup(_ProcessGroup):  # type: ignore[misc]
 
         return self._begin("reduce_scatter", out, pieces, put, take)
 
-    def _gather(self, outs: Sequence[Tensor] | None, x: Tensor, *, after: bool = False) -> Pending:
-        """Every rank that has room for it takes what all put."""
+    def _gather(self, outs: Sequence[Tensor], x: Tensor, *, after: bool = False) -> Pending:
+        """Every rank takes what all put."""
         # Parts have one shape, but for the last of those into which an all-reduce cuts a tensor.
-        pieces = Pieces.of(x if outs is None else outs[0], SLOT_BYTES)
+        pieces = Pieces.of(outs[0], SLOT_BYTES)
 
         def put(k: int, slot: Tensor) -> None:
             give(pieces[x, k], slot)
 
         def take(k: int, slots: Sequence[Tensor]) -> None:
-            assert outs is not None
             for rank, (out, slot) in enumerate(zip(outs, slots, strict=True)):
                 if rank != self.rank():
                     get(pieces[out, k], slot)
 
-        if outs is not None and outs[self.rank()].data_ptr() != x.data_ptr():
+        if outs[self.rank()].data_ptr() != x.data_ptr():
             outs[self.rank()].copy_(x.view(outs[self.rank()].shape))
-        return self._begin("all_gather", x, pieces, put, None if outs is None else take, after=after)
+        return self._begin("all_gather", x, pieces, put, take, after=after)
+
+    def _collect(self, outs: Sequence[Tensor], x: Tensor) -> Pending:
+        """The rank that has room for it takes what all put; the others do not know into what rows."""
+        pieces = Pieces.of(x, SLOT_BYTES)
+
+        def put(k: int, slot: Tensor) -> None:
+            give(pieces[x, k], slot)
+
+        def take(k: int, slots: Sequence[Tensor]) -> None:
+            for rank, (out, slot) in enumerate(zip(outs, slots, strict=True)):
+                if rank != self.rank():
+                    fill(out, k * pieces.each, slot[: pieces[x, k].numel()])
+
+        if outs:
+            outs[self.rank()].copy_(x.view(outs[self.rank()].shape))
+        return self._begin("all_gather", x, pieces, put, take if outs else None)
 
     def _broadcast(self, x: Tensor, root: int) -> Pending:
         pieces = Pieces.of(x, SLOT_BYTES)

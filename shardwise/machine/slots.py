@@ -68,7 +68,7 @@ class Slots:
     """The slots and counters of a group, as one rank sees them.
 
     Args:
-        file: descriptor of the shared file, which belongs to this object from now on.
+        file: descriptor of the shared file, as `meet` gives it, which belongs to this object from now on.
         rank, size: this rank's place in the group.
         timeout: seconds to wait for another rank.
     """
@@ -88,7 +88,6 @@ class Slots:
         self._last = self._given = 0
         self._to_put: deque[tuple[int, Exchange]] = deque()
         self._to_take: deque[tuple[int, Exchange]] = deque()
-        fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # held until this process ends, in whatever way
 
     def close(self) -> None:
         """Let the others know that this rank takes no further part."""
@@ -241,6 +240,8 @@ def meet(store: dist.Store, rank: int, size: int) -> int | None:
         there, process, number, token = store.get("file").decode().rsplit(" ", 3)
         if here and there == here:
             file = _open_of(int(process), int(number), token, _length(size))
+    if file >= 0:
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, rank)  # until this process ends, in whatever way; others may look soon
     store.set(f"open{rank}", str(int(file >= 0)))
     if all(store.get(f"open{other}") == b"1" for other in range(size)):
         return file

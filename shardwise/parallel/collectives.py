@@ -54,22 +54,27 @@ def take(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
     return merge_view(seen.narrow(pos + 1, start, sizes[axis.rank]), pos)
 
 
-def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes) -> Tensor:
-    """The whole tensor from every rank's part (all-gather)."""
+def join(x: Tensor, axis: Axis, pos: int, lead: int, sizes: Sizes, *, on_first: bool = False) -> Tensor:
+    """The whole tensor from every rank's part (all-gather); or, on the first rank alone, where others keep theirs."""
     if axis.group is None:
         return x
     mine = split_view(x.contiguous(), pos, lead, sizes[axis.rank])
-    axis.record("all_gather", mine.narrow(pos + 1, 0, 1).numel() * max(sizes) * mine.element_size())
+    kind = "gather" if on_first else "all_gather"
+    axis.record(kind, mine.narrow(pos + 1, 0, 1).numel() * max(sizes) * mine.element_size())
+    own = padded(mine, max(sizes), pos + 1)
+    if on_first and axis.rank:
+        dist.gather(own, None, axis.ranks[0], group=axis.group)
+        return x
     whole = x.new_empty(_resized(x.shape, pos, sizes[axis.rank], sum(sizes)))
     # What reads the whole need not copy it. Parts arrive where they belong, but not every backend takes gaps.
     places = _parts(whole, pos, lead, sizes)
-    if len(set(sizes)) == 1 and (shares_memory(axis.group) or all(place.is_contiguous() for place in places)):
-        dist.all_gather(list(places), mine, group=axis.group)
-        return whole
-    own = padded(mine, max(sizes), pos + 1)
-    got = [torch.empty_like(own) for _ in sizes]
-    dist.all_gather(got, own, group=axis.group)
-    for place, part, n in zip(places, got, sizes, strict=True):
+    fit = len(set(sizes)) == 1 and (shares_memory(axis.group) or all(place.is_contiguous() for place in places))
+    got = list(places) if fit else [torch.empty_like(own) for _ in sizes]
+    if on_first:
+        dist.gather(own, got, axis.ranks[0], group=axis.group)
+    else:
+        dist.all_gather(got, own, group=axis.group)
+    for place, part, n in zip(places, got, sizes, strict=True) if not fit else ():
         place.copy_(part.narrow(pos + 1, 0, n))
     return whole
 

@@ -36,17 +36,7 @@ def reduce(x: Tensor, axis: Axis) -> Tensor:
 
 def gather(x: Tensor, axis: Axis, pos: int, lead: int, sizes: c.Sizes, varies: bool) -> Tensor:
     """Cut → whole on the first rank."""
-    if axis.group is None:
-        return x
-    seen = c.split_view(x, pos, lead, sizes[axis.rank]).movedim(pos + 1, 0).contiguous()
-    mine = c.padded(seen, max(sizes))
-    axis.record("gather", mine.numel() * mine.element_size())
-    parts = [torch.empty_like(mine) for _ in sizes] if axis.rank == 0 else None
-    dist.gather(mine, parts, axis.ranks[0], group=axis.group)
-    if parts is None:
-        return x
-    whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return c.merge_view(whole.movedim(0, pos + 1), pos)
+    return c.join(x, axis, pos, lead, sizes, on_first=True)
 
 
 _ON_FIRST: dict[Any, Callable[..., Tensor]] = {c.reduce: reduce, c.gather: gather}

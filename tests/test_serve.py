@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -261,22 +262,20 @@ def test_a_stop_under_load_loses_nothing(server: Server) -> None:
 
     def client(number: int) -> None:
         while True:
-            try:
-                line = http.client.HTTPConnection(server.host, server.port, timeout=30)
-                line.request("POST", "/predict", json.dumps({"inputs": x(a=0.1, c=float(number * number))}))
-            except ConnectionError:  # it takes no more
-                return
-            try:
-                answer = line.getresponse()
-                body = answer.read()
-                assert json.loads(body)["outputs"]["more"][0] == number
-                answered.append(answer.status)
-            except (ConnectionError, http.client.HTTPException) as error:
-                if not stopping.is_set():
-                    broken.append(repr(error))
-                return
-            finally:
-                line.close()
+            with contextlib.closing(http.client.HTTPConnection(server.host, server.port, timeout=30)) as line:
+                try:
+                    line.request("POST", "/predict", json.dumps({"inputs": x(a=0.1, c=float(number * number))}))
+                except ConnectionError:  # it takes no more
+                    return
+                try:
+                    answer = line.getresponse()
+                    body = answer.read()
+                    assert json.loads(body)["outputs"]["more"][0] == number
+                    answered.append(answer.status)
+                except (ConnectionError, http.client.HTTPException) as error:
+                    if not stopping.is_set():
+                        broken.append(repr(error))
+                    return
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(16)]
     for thread in clients:

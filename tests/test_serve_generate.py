@@ -61,7 +61,7 @@ def test_tokens_are_those_of_one_device(plan: str | None, tmp_path: Path) -> Non
     if plan is not None:
         (tmp_path / "plan").write_text(plans()[plan].text())
         options = ["--plan", str(tmp_path / "plan")]
-    server = Server("writer", "--generate", str(POSITIONS), "--wait-ms", "200", *options)
+    server = Server("writer", "--generate", str(POSITIONS), "--wait-ms", "1000", *options)
     try:
         assert f"batches of up to 4 prompts of one length, each with its new tokens in up to {POSITIONS} positions" in (
             server.first

@@ -22,6 +22,7 @@ from shardwise.cost.place import COPIES, DATA, SHARDS, Place
 from shardwise.cost.profile import NOTHING, Besides, Profile
 from shardwise.cost.table import Held, Stretches, Table
 from shardwise.cost.timeline import ahead_seconds, bubble_lost, pipeline_seconds
+from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
 
 _LEAST = 1e-12
@@ -55,7 +56,7 @@ class Times:
     hidden: Mapping[str, Array]
 
 
-class Alike(NamedTuple):
+class Group(NamedTuple):
     """Pipeline ranks that are alike; arrays of their stages are [stages of a rank, ranks].
 
     Attributes:
@@ -110,6 +111,14 @@ class Case:
         self.spread, self.zero = besides.spread, plan.zero or besides.zero
         crowds = {place.device.crowd.value if place.device.crowd else 1.0 for place in places}
         self.lost = bubble_lost(plan.pipeline, plan.micro_batches, crowds.pop() if len(crowds) == 1 else 1.0)
+
+    @cached_property
+    def alike(self) -> Sequence[Sequence[int]]:
+        """The pipeline ranks, those together that have the same tables and the same place."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank, parts in enumerate(zip(self.tables, self.held, self.places, strict=True)):
+            found.setdefault(tuple(map(id, parts)), []).append(rank)
+        return list(found.values())
 
     def sharing(self, plan: Plan) -> int:
         """How many ranks have the same weights and other samples."""
@@ -343,8 +352,8 @@ class Case:
             return found
 
         times = {key: of_stages(key) for key in ("forward", "backward", "turn", "later")}
-        live = [float(self.tables[0].live[cut]) for cut in cuts]
-        sends = [float(self.sends(stage % ranks, size)) for stage, size in enumerate(live)]  # type: ignore[arg-type]
+        carried = [self.tables[0].live[cut] for cut in cuts]
+        sends = [float(self.sends(stage_rank(stage, ranks), size)) for stage, size in enumerate(carried)]
         total = self._through(times, sends)
         compute, waits = (sum(of_stages(key)) * micros / ranks for key in ("compute", "waits"))
         sent, hidden = (_by_axis([getattr(g.times, key) for g in groups], micros / ranks) for key in ("sent", "hidden"))
@@ -375,21 +384,18 @@ class Case:
         limits = tuple(place.memory for place in self.places)
         return Estimate(seconds, {k: v for k, v in hidden.items() if v}, memory, limits, self.pace(times, sends))
 
-    def _groups(self, bounds: Sequence[int]) -> list[Alike]:
+    def _groups(self, bounds: Sequence[int]) -> list[Group]:
         """The pipeline ranks, alike ones together, with their stages between these bounds."""
         stages = np.arange(len(bounds) - 1).reshape(-1, self.plan.pipeline)  # which go round the ranks
-        kinds: dict[tuple[int, ...], list[int]] = {}
-        for rank, parts in enumerate(zip(self.tables, self.held, self.places, strict=True)):
-            kinds.setdefault(tuple(map(id, parts)), []).append(rank)
         found = []
-        for ranks in kinds.values():
+        for ranks in self.alike:
             table, held, which = self.tables[ranks[0]], self.held[ranks[0]], stages[:, ranks]
             own = table.between(bounds, NEIGHBOURS).pick(which)
             full = own if held is table else held.held(bounds, NEIGHBOURS).pick(which)
-            found.append(Alike(np.array(ranks), own, full, self.times(ranks[0], own)))
+            found.append(Group(np.array(ranks), own, full, self.times(ranks[0], own)))
         return found
 
-    def _needs(self, group: Alike, each: int) -> dict[str, Array]:
+    def _needs(self, group: Group, each: int) -> dict[str, Array]:
         """Bytes of every rank of a group, by item."""
         kept = group.full.kept
         flight = np.array([self.flight.kept(r, sizes) for r, sizes in zip(group.ranks, kept.T.tolist(), strict=True)])

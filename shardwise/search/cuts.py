@@ -249,7 +249,6 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     """What every stretch takes as each stage; infinite where it has too little memory. None where no stages fit."""
     ranks, n = case.plan.pipeline, len(bounds)
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
-    kinds = {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}
     bytes_of: dict[int, tuple[Array, Array, Array, Array]] = {}
     passed: dict[int, Array] = {}
     for table in {id(t): t for t in case.held}.values():
@@ -287,8 +286,9 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     if not _possible(fits_by * chunks):
         return None
     live = np.array([case.tables[0].live[b] for b in bounds])
-    base = {}
-    for kind, rank in kinds.items():
+    found: dict[int, _Takes] = {}
+    for alike in case.alike:
+        rank = alike[0]
         s = _stretches(case.tables[rank], tuple(bounds))
         times = case.times(rank, s)
         sends = case.ways * case.sends(rank, live)
@@ -299,8 +299,8 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         # In two halves of backward, the second may fill what the way back leaves.
         halves = case.plan.schedule == "zero-bubble"
         way = times.forward + sends[None, :] / 2 if halves else busy + sends[None, :]
-        base[kind] = _Takes(busy + sends[None, :], busy, way, tail)
-    takes = [base[id(table), id(place)] for table, place in zip(case.tables, case.places, strict=True)]
+        found |= dict.fromkeys(alike, _Takes(busy + sends[None, :], busy, way, tail))
+    takes = [found[rank] for rank in range(ranks)]
     return _Grid(takes, used_by, fits_by, chunks, case.lost, case.plan.micro_batches / ranks)
 
 

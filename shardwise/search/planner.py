@@ -236,7 +236,6 @@ class Planner:
         """What no cuts of a shape can beat, whether they fit or not."""
         case = self._case(shape)
         ranks, micros, objective = shape.pipeline, shape.micros, self.space.options.objective
-        kinds = _kinds(case)
         if objective == "memory":
             return self._least_memory(case, shape)
         if ranks == 1:
@@ -244,8 +243,8 @@ class Planner:
         rest, pace, through, forward = self._end(case)
         if objective == "throughput":
             return micros * pace / case.plan.replicas
-        staged = _least_1f1b(ranks, micros, through, forward) if len(kinds) == 1 else micros * pace
-        halved = least_filling(ranks, shape.chunks) * pace if len(kinds) == 1 else 0.0
+        staged = _least_1f1b(ranks, micros, through, forward) if len(case.alike) == 1 else micros * pace
+        halved = least_filling(ranks, shape.chunks) * pace if len(case.alike) == 1 else 0.0
         filling = {"zero-bubble": 0.0, "interleaved": halved}.get(shape.schedule, staged - micros * pace)
         step = micros * pace + max(filling, 0.0) * case.lost + rest
         return step * (case.plan.ranks if objective == "cost" else 1)
@@ -255,18 +254,17 @@ class Planner:
 
         Then those of one micro-batch through all of the model, both ways, and there.
         """
-        ranks, micros, kinds = case.plan.pipeline, case.plan.micro_batches, _kinds(case)
-        counts = Counter((id(t), id(p)) for t, p in zip(case.tables, case.places, strict=True))
+        ranks, micros = case.plan.pipeline, case.plan.micro_batches
         speed, through, rest = 0.0, math.inf, math.inf
-        for kind, rank in kinds.items():
-            times = case.times(rank, case.tables[rank].whole)
+        for alike in case.alike:
+            times = case.times(alike[0], case.tables[alike[0]].whole)
             forward = float(times.forward)
             both = forward + float(times.backward)
-            speed += counts[kind] / both
+            speed += len(alike) / both
             through = min(through, both)
         # Devices that are not alike share a micro-batch by their speed.
         pace = 1 / speed
-        for rank in kinds.values():
+        for rank, *_ in case.alike:
             # Some rank has a fair share of the weights or more; what takes longer to go backward takes longer a step.
             whole = case.tables[rank].whole_held
             share = replace(whole.scaled(1 / ranks), tensors=0 * whole.tensors)  # it may be few large ones
@@ -305,7 +303,7 @@ class Planner:
         model's weights counts with the least y, and a share of what is kept with the least y × flight. What is kept
         for all of backward and what for its second half alone are two bounds.
         """
-        held = [case.held[rank].whole_held for rank in _kinds(case).values()]
+        held = [case.held[rank].whole_held for rank, *_ in case.alike]
         if shape.pipeline == 1:
             return float(sum(case.memory(held[0], 1.0).values()))
         items = [case.memory(s, 0.0) for s in held]
@@ -404,8 +402,3 @@ def least_filling(ranks: int, chunks: int) -> float:
     stages need twice as much to fill, and uneven ones do come below that.
     """
     return (ranks - 1) / chunks / 2
-
-
-def _kinds(case: Case) -> dict[tuple[int, int], int]:
-    """One pipeline rank of each kind of table and place."""
-    return {(id(t), id(p)): rank for rank, (t, p) in enumerate(zip(case.tables, case.places, strict=True))}

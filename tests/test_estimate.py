@@ -331,7 +331,7 @@ def test_a_bubble_is_filled_by_what_comes_in_halves() -> None:
         case = pricer_of(name).case(Plan((PlanAxis(PIPELINE, 2),), ("-",), schedule="zero-bubble"), cluster, 8)
         table = case.tables[1]
         for at in (i for i, each in enumerate(table.graph.ops) if each.name == op and each.inputs):
-            stage = table.between([at, at + 1], NEIGHBOURS).pick(0)
+            stage = table.taken([at, at + 1], NEIGHBOURS).pick(0)
             assert float(stage.later) == pytest.approx(share * float(stage.backward)), (name, at)
 
 

@@ -7,20 +7,20 @@ its cuts are one reckoning.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from shardwise.cost.estimate import Estimate
+from shardwise.cost.estimate import Estimate, Spent
 from shardwise.cost.flight import Flight
 from shardwise.cost.pairs import NEIGHBOURS, Array
 from shardwise.cost.place import COPIES, DATA, SHARDS, Place
 from shardwise.cost.profile import NOTHING, Besides, Profile
-from shardwise.cost.table import Held, Stretches, Table
+from shardwise.cost.stages import Group, Times, by_axis, by_rank
+from shardwise.cost.stretches import Held, Stretches, Taken
+from shardwise.cost.table import Table
 from shardwise.cost.timeline import ahead_seconds, bubble_lost, pipeline_seconds
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
@@ -29,47 +29,6 @@ _LEAST = 1e-12
 """Seconds below which nothing takes a time."""
 _BACK = 0.4
 """Share of what an allocator keeps besides that it can give back; fitted on which plans of ultrascale ran."""
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of a stage for one micro-batch.
-
-    Attributes:
-        forward, backward: in all.
-        later: of backward in two halves the second.
-        compute: of the device, both ways.
-        waits: for the host, both ways.
-        turn: for the host besides, where forward and backward of micro-batches alternate; part of neither.
-        lead: share of a micro-batch by which the host is through before the device.
-        sent, hidden: of each axis's collectives, both ways: what nothing hides, and what computing hides.
-    """
-
-    forward: Array
-    backward: Array
-    later: Array
-    compute: Array
-    waits: Array
-    turn: Array
-    lead: Array
-    sent: Mapping[str, Array]
-    hidden: Mapping[str, Array]
-
-
-class Group(NamedTuple):
-    """Pipeline ranks that are alike; arrays of their stages are [stages of a rank, ranks].
-
-    Attributes:
-        ranks: which.
-        own: what their stages take.
-        full: what they hold where there is least room.
-        times: their seconds.
-    """
-
-    ranks: npt.NDArray[np.int_]
-    own: Stretches
-    full: Held
-    times: Times
 
 
 class Case:
@@ -126,7 +85,7 @@ class Case:
 
     # -- time --------------------------------------------------------------------------------------------------------
 
-    def times(self, rank: int, s: Stretches) -> Times:
+    def times(self, rank: int, s: Taken) -> Times:
         """Seconds of stretches as stages of a pipeline rank."""
         p, place = self.profile, self.places[rank]
         behind = p.overlap_gather * self._apart(rank)
@@ -222,7 +181,7 @@ class Case:
         fixed, each = self.places[rank].routes[PIPELINE].parts("send")
         return fixed + each * carried
 
-    def reduction(self, rank: int, s: Held, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
+    def reduction(self, rank: int, s: Stretches, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
         """Seconds of summing a pipeline rank's gradients.
 
         Returns:
@@ -254,7 +213,7 @@ class Case:
             behind = behind + hid * (1 - p.contention)
         return time - behind, behind, others
 
-    def update(self, rank: int, s: Held) -> Array:
+    def update(self, rank: int, s: Stretches) -> Array:
         """Seconds of the optimizer."""
         p, device = self.profile, self.places[rank].device
         moved = s.weights / self._shards(1) * (2 * p.state + p.gradient + 4)
@@ -297,7 +256,7 @@ class Case:
         bucket = whole * np.minimum(self.plan.bucket_bytes, 4 * s.weights) * (1 - 1 / self._shards(2))
         return (s.passed * min(self.plan.micro_batches, 3) + bucket) * self.profile.stepwise
 
-    def waiting(self, s: Stretches, lead: Array, flight: Array) -> Array:
+    def waiting(self, s: Taken, lead: Array, flight: Array) -> Array:
         """Bytes gathered along tensor axes whose memory waits for the device, where only own parts are kept.
 
         The host goes on without them, but what a collective writes is given back when the device is through with it.
@@ -335,20 +294,23 @@ class Case:
 
     def estimate(self, cuts: Sequence[int]) -> Estimate:
         """The price with stages that begin at these operators, the first at none."""
-        ranks, micros = self.plan.pipeline, self.plan.micro_batches
-        each = (len(cuts) + 1) // ranks
-        groups = self._groups([0, *cuts, self._end])
+        bounds = [0, *cuts, self._end]
+        groups = self._groups(bounds)
+        needs = [self._needs(group, bounds) for group in groups]
+        items = {item: by_rank(groups, (need[item] for need in needs)).tolist() for item in needs[0]}
+        ranks = tuple({item: sizes[rank] for item, sizes in items.items()} for rank in range(self.plan.pipeline))
+        limits = tuple(place.memory for place in self.places)
+        return Estimate(**vars(self._spent(cuts, groups)), ranks=ranks, limits=limits)
 
-        def rank_by_rank(arrays: Iterable[Array]) -> Array:
-            """Arrays of each group's ranks as one of all ranks, and of several stages each as one of all stages."""
-            arrays = list(arrays)
-            found = np.empty((*arrays[0].shape[:-1], ranks))
-            for group, array in zip(groups, arrays, strict=True):
-                found[..., group.ranks] = array
-            return found.ravel()
+    def spent(self, cuts: Sequence[int]) -> Spent:
+        """Of the price with these cuts what it takes of time."""
+        return self._spent(cuts, self._groups([0, *cuts, self._end]))
+
+    def _spent(self, cuts: Sequence[int], groups: Sequence[Group]) -> Spent:
+        ranks, micros = self.plan.pipeline, self.plan.micro_batches
 
         def of_stages(key: str) -> list[float]:
-            found: list[float] = rank_by_rank(getattr(g.times, key) for g in groups).tolist()
+            found: list[float] = by_rank(groups, (getattr(g.times, key) for g in groups)).tolist()
             return found
 
         times = {key: of_stages(key) for key in ("forward", "backward", "turn", "later")}
@@ -356,7 +318,7 @@ class Case:
         sends = [float(self.sends(stage_rank(stage, ranks), size)) for stage, size in enumerate(carried)]
         total = self._through(times, sends)
         compute, waits = (sum(of_stages(key)) * micros / ranks for key in ("compute", "waits"))
-        sent, hidden = (_by_axis([getattr(g.times, key) for g in groups], micros / ranks) for key in ("sent", "hidden"))
+        sent, hidden = (by_axis([getattr(g.times, key) for g in groups], micros / ranks) for key in ("sent", "hidden"))
         # Who shares a processor needs it to send and to receive.
         carrying = self.ways * micros * sum(sends) / ranks * (self.lost < 1)
         bubble = max(total - compute - waits - sum(sent.values()) - carrying, 0.0) * self.lost if cuts else 0.0
@@ -365,8 +327,8 @@ class Case:
             self.reduction(int(g.ranks[0]), s, g.times.backward.sum(axis=0))
             for g, s in zip(groups, merged, strict=True)
         ]
-        shown, behind = rank_by_rank(end[0] for end in ends), rank_by_rank(end[1] for end in ends)
-        others = {axis: rank_by_rank(end[2][axis] for end in ends) for axis in ends[0][2]}
+        shown, behind = by_rank(groups, (end[0] for end in ends)), by_rank(groups, (end[1] for end in ends))
+        others = {axis: by_rank(groups, (end[2][axis] for end in ends)) for axis in ends[0][2]}
         slowest = int(np.argmax(sum(others.values(), shown)))
         sent[DATA] = sent.get(DATA, 0.0) + float(shown[slowest])
         hidden[DATA] = hidden.get(DATA, 0.0) + float(behind[slowest])
@@ -378,29 +340,24 @@ class Case:
         seconds = {"compute": compute, "overhead": waits + self._step()}
         seconds |= {f"communication {axis}": s for axis, s in sent.items() if s}
         seconds |= {"bubble": bubble, "update": update}
-        needs = [self._needs(group, each) for group in groups]
-        items = {item: rank_by_rank(need[item] for need in needs).tolist() for item in needs[0]}
-        memory = tuple({item: sizes[rank] for item, sizes in items.items()} for rank in range(ranks))
-        limits = tuple(place.memory for place in self.places)
-        return Estimate(seconds, {k: v for k, v in hidden.items() if v}, memory, limits, self.pace(times, sends))
+        return Spent(seconds, {k: v for k, v in hidden.items() if v}, self.pace(times, sends))
 
     def _groups(self, bounds: Sequence[int]) -> list[Group]:
         """The pipeline ranks, alike ones together, with their stages between these bounds."""
         stages = np.arange(len(bounds) - 1).reshape(-1, self.plan.pipeline)  # which go round the ranks
         found = []
         for ranks in self.alike:
-            table, held, which = self.tables[ranks[0]], self.held[ranks[0]], stages[:, ranks]
-            own = table.between(bounds, NEIGHBOURS).pick(which)
-            full = own if held is table else held.held(bounds, NEIGHBOURS).pick(which)
-            found.append(Group(np.array(ranks), own, full, self.times(ranks[0], own)))
+            own = self.tables[ranks[0]].taken(bounds, NEIGHBOURS).pick(stages[:, ranks])
+            found.append(Group(np.array(ranks), stages[:, ranks], own, self.times(ranks[0], own)))
         return found
 
-    def _needs(self, group: Group, each: int) -> dict[str, Array]:
+    def _needs(self, group: Group, bounds: Sequence[int]) -> dict[str, Array]:
         """Bytes of every rank of a group, by item."""
-        kept = group.full.kept
+        held = self.held[group.ranks[0]].held(bounds, NEIGHBOURS).pick(group.stages)
+        kept, each = held.kept, len(group.stages)
         flight = np.array([self.flight.kept(r, sizes) for r, sizes in zip(group.ranks, kept.T.tolist(), strict=True)])
         half = np.array([self.flight.half_done(rank) / each for rank in group.ranks])
-        items = self.memory(group.full.together(), flight, half)
+        items = self.memory(held.together(), flight, half)
         loose = self.waiting(group.own, group.times.lead, flight).sum(axis=0)
         loose = loose + self.profile.fragments * kept.sum(axis=0) * (flight > 1)
         # Where there is no room for it, the allocator waits for the device, and has a part back.
@@ -433,12 +390,3 @@ class Case:
         if self.ahead > 1:
             return ahead_seconds(self.ahead * ranks, micros, forward, backward, sends, later)
         return pipeline_seconds(self.plan.schedule, ranks, micros, forward, backward, sends, turns, later)
-
-
-def _by_axis(stages: Sequence[Mapping[str, Array]], times: float) -> dict[str, float]:
-    """What stages take by axis, summed."""
-    found: dict[str, float] = {}
-    for stage in stages:
-        for axis, seconds in stage.items():
-            found[axis] = found.get(axis, 0.0) + float(np.sum(seconds)) * times
-    return found

@@ -7,30 +7,39 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a plan costs.
+class Spent:
+    """What a plan takes of time.
 
     Attributes:
         seconds: of a step, by item: "compute", "overhead" (the host keeps the device waiting), "communication AXIS" of
             each axis (what nothing hides), "bubble", "update".
         hidden: seconds of communication behind computing, by axis.
-        ranks: bytes of each pipeline rank, by item: "parameters", "gradients", "optimizer", "activations", "buffers",
-            "reserve"; and on CPUs "whole model", by which this exceeds the others before a rank takes its part of it.
-        limits: bytes that each pipeline rank has.
         pace: seconds from one batch to the next where batches follow each other through a pipeline; 0 where each waits
             for the end of the step before.
     """
 
     seconds: Mapping[str, float]
     hidden: Mapping[str, float]
-    ranks: tuple[Mapping[str, float], ...]
-    limits: tuple[float, ...]
-    pace: float = 0.0
+    pace: float
 
     @property
     def step(self) -> float:
         """Seconds of a step."""
         return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Estimate(Spent):
+    """What a plan costs.
+
+    Attributes:
+        ranks: bytes of each pipeline rank, by item: "parameters", "gradients", "optimizer", "activations", "buffers",
+            "reserve"; and on CPUs "whole model", by which this exceeds the others before a rank takes its part of it.
+        limits: bytes that each pipeline rank has.
+    """
+
+    ranks: tuple[Mapping[str, float], ...]
+    limits: tuple[float, ...]
 
     @property
     def memory(self) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from shardwise.cost.case import Case
 from shardwise.cost.pairs import Array
-from shardwise.cost.table import Held
+from shardwise.cost.stretches import Held, Stretches
 from shardwise.cost.traits import is_view
 from shardwise.graph.fold import Folded
 from shardwise.graph.rules import Value
@@ -41,12 +41,12 @@ class Forward(Case):
             found["reserve"] = found["reserve"] + self.reserve * more
         return found
 
-    def reduction(self, rank: int, s: Held, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
+    def reduction(self, rank: int, s: Stretches, backward: Array) -> tuple[Array, Array, dict[str, Array]]:
         """No gradients are summed."""
         none = np.zeros_like(s.weights)
         return none, none, {}
 
-    def update(self, rank: int, s: Held) -> Array:
+    def update(self, rank: int, s: Stretches) -> Array:
         """Nothing is updated."""
         return np.zeros_like(s.weights)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from shardwise.cost.again import Again
 from shardwise.cost.case import Case
 from shardwise.cost.estimate import Estimate
 from shardwise.cost.forward import Forward, tensor_lives
@@ -21,7 +22,8 @@ from shardwise.cost.gradients import gradient_lives
 from shardwise.cost.kernels import Kernels
 from shardwise.cost.place import Place, loads, places
 from shardwise.cost.profile import NOTHING, PROFILES, Besides, Profile
-from shardwise.cost.table import Again, Rows, Table
+from shardwise.cost.rows import Bytes, Seconds
+from shardwise.cost.table import Table
 from shardwise.cost.traits import Traits, counts_samples
 from shardwise.cost.weights import Weights
 from shardwise.cost.work import Work
@@ -67,6 +69,10 @@ class Pricer:
         """
         cuts = [low for low, _ in stage_bounds(self.graph, plan)[1:]]
         return self.case(plan, cluster, batch, besides=besides).estimate(cuts)
+
+    def seconds(self, plan: Plan, cluster: Cluster, batch: int) -> Mapping[str, float]:
+        """Seconds of a plan that has no pipeline, by item; arguments as for `price`, whose bytes take the longer."""
+        return self.case(plan, cluster, batch).spent([]).seconds
 
     def case(self, plan: Plan, cluster: Cluster, batch: int, *, besides: Besides = NOTHING) -> Case:
         """A plan on a cluster but for where its stages begin; arguments as for `price`.
@@ -180,29 +186,38 @@ class Pricer:
         besides: Besides = NOTHING,
         parts: int = 1,
     ) -> Table:
-        """What operators take under these axes for a micro-batch on a device; `parts` as for `Rows`."""
-        p, split = self.profile, tuple(axes)
+        """What operators take under these axes for a micro-batch on a device; `parts` as for `Bytes`."""
+        split, recompute = tuple(axes), tuple(recompute)
 
-        def rows() -> Rows:
+        def make() -> Table:
+            return Table(
+                self.graph,
+                self._once(("seconds", split, samples, device.rates, besides.fp8), seconds),
+                self._once(("bytes", split, samples, parts), sizes),
+                self._once(("weights", split), lambda: Weights(self.folded, self.work(split), self.profile.weight)),
+                self._once(("again", recompute, besides.selective), again),
+            )
+
+        def seconds() -> Seconds:
+            p = self.profile
             kernels = Kernels(
                 device, flash=p.flash, passes=p.passes, loss=p.loss, attention=p.attention, portable=p.portable,
                 eight=self.layers if besides.fp8 else frozenset(),
             )  # fmt: skip
-            predicts = self.graph.predicts
-            gradients = self._gradients if p.stepwise and not predicts else None
-            tensors = self._tensors if predicts else None
-            return Rows(self.folded, self.work(split), samples, kernels, gradients, tensors, parts)
+            return Seconds(self.folded, self.work(split), samples, kernels)
 
-        def make() -> Table:
-            return Table(
-                self._once(("rows", split, samples, device.rates, besides.fp8, parts), rows),
-                self._once(("weights", split), lambda: Weights(self.folded, self.work(split), p.weight)),
-                self._once(("again", tuple(recompute)), lambda: Again(self.folded, recompute)),
-                selective=besides.selective,
-                stops=p.stops,
+        def sizes() -> Bytes:
+            attention, predicts = "fused" if self.profile.flash else "scores", self.graph.predicts
+            gradients = self._gradients if self.profile.stepwise and not predicts else None
+            tensors = self._tensors if predicts else None
+            return Bytes(self.folded, self.work(split), samples, attention, gradients, tensors, parts)
+
+        def again() -> Again:
+            return Again(
+                self.folded, recompute, self.traits, self.saved, selective=besides.selective, stops=self.profile.stops
             )
 
-        return self._once(("table", split, samples, device.rates, tuple(recompute), besides, parts), make)
+        return self._once(("table", split, samples, device.rates, recompute, besides, parts), make)
 
     def _once(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
         """What was made for this key, or is made now."""

@@ -73,6 +73,10 @@ class Traits:
         """Of each operator."""
         return {op: self._trait(op) for op in self.graph.ops}
 
+    def each(self, name: str) -> list[float]:
+        """Of each operator what a field of its `Trait` says."""
+        return [getattr(trait, name) for trait in self.of.values()]
+
     def _trait(self, op: Op) -> Trait:
         graph, kind = self.graph, self.kinds[op]
         slots = {operand.value: operand.slot for operand in op.context.inputs}

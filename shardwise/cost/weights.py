@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -52,8 +52,8 @@ class Weights:
         found: Array = 4 * self._running[:, 3]
         return found
 
-    def between(self, at: Bounds, pairs: Pairs) -> tuple[Array, Array, Array, Mapping[str, Array]]:
-        """Entries, bytes and number of what each stretch reads, each parameter once; entries to sum over each axis."""
+    def between(self, at: Bounds, pairs: Pairs) -> dict[str, Any]:
+        """What each stretch reads, each parameter once: the fields of `Stretches`."""
         found = pairs.ends(self._running[at]) - pairs.starts(self._running[at])
         for before, use, row in self._repeated:
             # A stretch that begins between two uses has the second without the first.
@@ -61,4 +61,4 @@ class Weights:
             if begins.any():
                 found += (pairs.starts(begins) & pairs.ends(at > use))[..., None] * row
         summed = {axis: found[..., 4 + k] for k, axis in enumerate(self.axes)}
-        return found[..., 0], found[..., 1], found[..., 2], summed
+        return {"weights": found[..., 0], "weight_bytes": found[..., 1], "tensors": found[..., 2], "summed": summed}

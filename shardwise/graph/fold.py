@@ -36,6 +36,10 @@ class Folded:
     index: Sequence[int]
     values: Mapping[Value, Value]
 
+    def each(self, values: Sequence[float]) -> npt.NDArray[np.float64]:
+        """Values of `graph`'s operators as values of all operators."""
+        return np.array(values, dtype=float)[self.index]
+
     @cached_property
     def distinct(self) -> Sequence[Value]:
         """The tensors of `graph` that stand for one, in a fixed order."""

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from shardwise.cost.case import Case
 from shardwise.cost.pairs import ALL, Array, Bounds
-from shardwise.cost.table import Held, Stretches, Table
+from shardwise.cost.stretches import Held, Taken
+from shardwise.cost.table import Table
 
 _PLACES = 192
 """Of how many places to cut at most one is found to be best."""
@@ -114,7 +115,7 @@ class Cuts:
         cuts = [[self._bounds[i] for i in path[1:-1]] for path in found]
         if len(cuts) < 2:
             return cuts[0] if cuts else None
-        return min(cuts, key=lambda c: self.case.estimate(c).step)
+        return min(cuts, key=lambda c: self.case.spent(c).step)
 
     def pace(self) -> float:
         """Seconds from one chunk to the next that no cuts beat, in prediction; infinite where none fit."""
@@ -289,7 +290,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     found: dict[int, _Takes] = {}
     for alike in case.alike:
         rank = alike[0]
-        s = _stretches(case.tables[rank], tuple(bounds))
+        s = _taken(case.tables[rank], tuple(bounds))
         times = case.times(rank, s)
         sends = case.ways * case.sends(rank, live)
         sends[-1] = 0.0  # nothing is carried out of the last
@@ -313,8 +314,8 @@ def _held(table: Table, bounds: tuple[int, ...]) -> Held:
 
 
 @lru_cache(maxsize=_TABLES)
-def _stretches(table: Table, bounds: tuple[int, ...]) -> Stretches:
-    return table.between(bounds, ALL)
+def _taken(table: Table, bounds: tuple[int, ...]) -> Taken:
+    return table.taken(bounds, ALL)
 
 
 def _possible(fits: Sequence[npt.NDArray[np.bool_]]) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shardwise.cost.case import Case
-from shardwise.cost.estimate import Estimate
+from shardwise.cost.estimate import Estimate, Spent
 from shardwise.cost.pricer import Pricer
 from shardwise.machine.cluster import Cluster
 from shardwise.plan.plan import Plan
@@ -40,11 +40,7 @@ class Priced:
 
     def value(self, objective: str) -> float:
         """What an objective asks to be small: seconds, device-seconds, seconds a chunk of many, or bytes."""
-        if objective == "memory":
-            return self.estimate.peak
-        if objective == "throughput":
-            return self.estimate.pace / self.plan.replicas
-        return self.estimate.step * (self.plan.ranks if objective == "cost" else 1)
+        return self.estimate.peak if objective == "memory" else _seconds(self.plan, self.estimate, objective)
 
 
 @dataclass
@@ -133,6 +129,7 @@ class Planner:
         self.pricer, self.cluster, self.space, self.runs = pricer, cluster, space, runs
         self._more = {"model": model, "precision": precision}
         self.ids = [op.id for op in pricer.graph.ops]
+        self._last: tuple[Shape, Case] | None = None
 
     def search(self, tell: Callable[[Found, int], None] | None = None) -> Found:
         """The best plans of the space.
@@ -239,7 +236,7 @@ class Planner:
         if objective == "memory":
             return self._least_memory(case, shape)
         if ranks == 1:
-            return Priced(shape.plan(**self._more), case.estimate([])).value(objective)
+            return _seconds(case.plan, case.spent([]), objective)
         rest, pace, through, forward = self._end(case)
         if objective == "throughput":
             return micros * pace / case.plan.replicas
@@ -327,7 +324,10 @@ class Planner:
         return False
 
     def _case(self, shape: Shape) -> Case:
-        return self.pricer.case(shape.plan(**self._more), self.cluster, self.space.batch)
+        # What is asked whether it may fit is asked next for its bound.
+        if self._last is None or self._last[0] is not shape:
+            self._last = shape, self.pricer.case(shape.plan(**self._more), self.cluster, self.space.batch)
+        return self._last[1]
 
     def _cuts(self, shape: Shape) -> Cuts:
         return Cuts(self._case(shape), shape.chunks, self.space.options.memory)
@@ -366,6 +366,13 @@ class Planner:
             priced = Priced(shape.plan([self.ids[i] for i in cuts], **self._more), case.estimate(cuts))
             if found.tight is None or self.missing(priced) < self.missing(found.tight):
                 found.tight = priced
+
+
+def _seconds(plan: Plan, spent: Spent, objective: str) -> float:
+    """What an objective asks to be small, unless it is memory."""
+    if objective == "throughput":
+        return spent.pace / plan.replicas
+    return spent.step * (plan.ranks if objective == "cost" else 1)
 
 
 def _way(plan: Plan | Shape) -> object:

@@ -209,7 +209,7 @@ class Maker:
             batch = max(1, batch * ranks // cluster.ranks)
 
         def cost(dims: tuple[str, ...]) -> dict[str, float]:
-            seconds = self.pricer.price(Plan((PlanAxis(name, ranks, dims),)), cluster, batch).seconds
+            seconds = self.pricer.seconds(Plan((PlanAxis(name, ranks, dims),)), cluster, batch)
             sent = sum(s for item, s in seconds.items() if item.startswith("communication"))
             return {"compute": sum(seconds.values()) - sent, "communication": sent}
 

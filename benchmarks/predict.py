@@ -237,12 +237,12 @@ def _both_ways(job: Job, rounds: int) -> tuple[list[float], list[float]]:
     ways: tuple[Callable[[Job], list[Tensor]], ...] = (lambda job: list(sw.predict(job, None, DATA)), _by_accelerate)
     with joined() as place:
         for n in range(rounds + 1):
-            results = []
-            for side, way in enumerate(ways):
+            results: dict[int, list[Tensor]] = {}
+            for side in (0, 1) if n % 2 else (1, 0):
                 gc.collect()
                 dist.barrier()
                 began = time.perf_counter()
-                results.append(way(job))
+                results[side] = ways[side](job)
                 dist.barrier()
                 if n:
                     found[side].append(time.perf_counter() - began)

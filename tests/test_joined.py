@@ -73,7 +73,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def under_torchrun(script: str, folder: Path, *, timeout: float) -> list[str]:
+def under_torchrun(script: str, folder: Path, *, timeout: float, **environment: str) -> list[str]:
     """The lines that a script prints on two ranks that torchrun starts."""
     (folder / "run.py").write_text(script)
     done = subprocess.run(
@@ -81,7 +81,7 @@ def under_torchrun(script: str, folder: Path, *, timeout: float) -> list[str]:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"),
             *("--nproc-per-node=2", str(folder / "run.py")),
         ],
-        env=clean_environment(),
+        env=clean_environment() | environment,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -90,8 +90,10 @@ with joined(collective_timeout=30.0) as place:
 
 
 @pytest.mark.prove
-def test_under_torchrun_rank_0_gets_the_outputs(tmp_path: Path) -> None:
-    assert sorted(under_torchrun(JOINED, tmp_path, timeout=150)) == ["0 45 True 14 2 4 4 3", "1 0 True 0 2"]
+@pytest.mark.parametrize("shared", ["1", "0"], ids=["sharing memory", "over a store"])
+def test_under_torchrun_rank_0_gets_the_outputs(shared: str, tmp_path: Path) -> None:
+    lines = under_torchrun(JOINED, tmp_path, timeout=150, SHARDWISE_SHARED_MEMORY=shared)
+    assert sorted(lines) == ["0 45 True 14 2 4 4 3", "1 0 True 0 2"]
 
 
 @slow

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from shardwise.errors import JobError
+from shardwise.errors import JobError, RunError
 from shardwise.graph.output import checked, put_together, taken_apart
 from shardwise.inference.chunks import Chunks
-from shardwise.inference.claims import Claims, stop
+from shardwise.inference.claims import Claims, Queue, StoreQueue
+from shardwise.inference.local_queue import LocalQueue
 from shardwise.inference.parcel import discard, pack, unpack
 from shardwise.inference.prediction import Replica
 from shardwise.job import Job
@@ -88,9 +93,10 @@ def test_a_rank_that_takes_some_chunks_of_a_stream_reads_what_another_would() ->
     assert vars(some)["count"] == 3
 
 
-def test_a_parcel_is_what_was_packed_and_its_memory_goes_with_its_tensors() -> None:
+@pytest.mark.parametrize("entries", [5, 5000], ids=["in the parcel", "beside it"])
+def test_a_parcel_is_what_was_packed_and_its_memory_goes_with_its_tensors(entries: int) -> None:
     given = [
-        torch.randn(3, 5), torch.zeros(0, 4), torch.tensor(True), torch.arange(7, dtype=torch.int16)[::2],
+        torch.randn(3, entries), torch.zeros(0, 4), torch.tensor(True), torch.arange(7, dtype=torch.int16)[::2],
         torch.randn(2, dtype=torch.complex128), torch.randn(4, dtype=torch.bfloat16), torch.eye(3).t(),
     ]  # fmt: skip
     before = len(os.listdir("/proc/self/fd"))
@@ -116,13 +122,63 @@ def test_replicas_are_the_ranks_that_differ_in_no_data_axis() -> None:
     assert Replica.of(both, 1) == Replica(0, 1, (0, 1), giver=0)
 
 
-def test_who_is_free_claims_the_next_chunk_within_the_window() -> None:
-    store, counted = dist.HashStore(), [0]
-    plan = Plan((data(), tensor()))
-    ranks = [Claims(store, Replica.of(plan, rank), rank, 3, lambda: counted[0]) for rank in range(4)]
+@pytest.fixture(params=["in a store", "in memory"])
+def queues(request: pytest.FixtureRequest) -> Iterator[Callable[[], Queue]]:
+    """What opens one queue, as often as it is asked."""
+    store = dist.HashStore()
+    if request.param == "in a store":
+        yield lambda: StoreQueue(store)
+        return
+    with closing(LocalQueue.new(notes=4)) as memory, ExitStack() as stack:
+        yield lambda: stack.enter_context(closing(memory.opened(store)))
+
+
+def test_who_is_free_claims_the_next_chunk_within_the_window(queues: Callable[[], Queue]) -> None:
+    store, caller, plan = dist.HashStore(), queues(), Plan((data(), tensor()))
+    ranks = [Claims(queues(), store, Replica.of(plan, rank), rank, 3) for rank in range(4)]
     assert [ranks[0].next(), ranks[2].next(), ranks[2].next()] == [0, 1, 2]
     assert [ranks[3].next(), ranks[1].next(), ranks[3].next()] == [1, 0, 2]
-    counted[0] = 1
+    caller.take()
     assert ranks[0].next() == ranks[1].next() == 3
-    assert stop(store) == 4
+    assert caller.stop() == 4
     assert ranks[2].next() == ranks[3].next() == -1, "no room, and nobody makes any"
+
+
+def test_what_is_said_of_chunks_is_read_once_it_is_there(queues: Callable[[], Queue]) -> None:
+    caller, other = queues(), queues()
+    said = [b"short", b"", os.urandom(1 << 17), b"another", b"the first one's place", os.urandom(1 << 16)]
+    for chunk, note in enumerate(said[:4]):
+        assert not caller.noted(chunk)
+        other.note(chunk, note)
+        assert caller.noted(chunk)
+    assert [caller.read(chunk) for chunk in (0, 1, 2)] == said[:3]
+    later = threading.Timer(0.2, lambda: [other.note(chunk, said[chunk]) for chunk in (4, 5)])
+    later.start()
+    assert [caller.read(chunk) for chunk in (3, 4, 5)] == said[3:], "waits for it"
+    later.join()
+    assert not caller.noted(6)
+
+
+CLAIMING = """
+import sys
+from shardwise.inference.local_queue import LocalQueue
+
+queue = LocalQueue(int(sys.argv[1]), int(sys.argv[2])).opened()
+print(*(queue.claim() for _ in range(2000)))
+"""
+
+
+def test_no_two_processes_claim_one_chunk() -> None:
+    with closing(LocalQueue.new()) as queue:
+        command = [sys.executable, "-c", CLAIMING, str(queue.process), str(queue.descriptor)]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        claimed = [[int(n) for n in process.communicate(timeout=60)[0].split()] for process in both]
+    assert all(mine == sorted(mine) for mine in claimed)
+    assert sorted(claimed[0] + claimed[1]) == list(range(4000))
+
+
+def test_memory_of_a_process_that_is_gone_is_not_opened() -> None:
+    queue = LocalQueue.new()
+    queue.close()
+    with pytest.raises(RunError, match=r"cannot open memory of process .* SHARDWISE_SHARED_MEMORY=0"):
+        queue.opened()

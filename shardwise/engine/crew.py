@@ -202,8 +202,8 @@ class Rank:
             self._line.send_bytes(payload)
         verb = "part"
         while verb == "part":
-            verb = self._line.recv()
-            self._events.put(Event(self._seat.rank, verb, self._line.recv_bytes()))
+            verb, body = self._line.recv()
+            self._events.put(Event(self._seat.rank, verb, self._line.recv_bytes() if body is None else body))
 
     def _start(self, theirs: Connection[Any, Any], log: Path) -> subprocess.Popen[bytes]:
         seat = self._seat

@@ -241,7 +241,7 @@ class ModuleEngine(Engine):
             self._numbers.begin(m)
         else:
             key = random.stream(self.job.seed, self.steps, int(not self.module.training))
-            torch.manual_seed(random.stream(key, 0, self._rows[m].first))
+            random.seed(random.stream(key, 0, self._rows[m].first))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

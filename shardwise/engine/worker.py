@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from types import FunctionType, ModuleType
 from typing import Any
@@ -26,6 +27,9 @@ import torch.distributed as dist
 from shardwise.engine.lifeline import end_with_parent
 from shardwise.errors import RunError, ShardwiseError
 from shardwise.machine.backend import Backend
+
+_SMALL = 1 << 14
+"""Bytes of an answer that go with what it is."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,10 @@ class _Worker:
         self._leave()
 
     def _send(self, verb: str, body: bytes) -> None:
-        self._parent.send(verb)
-        self._parent.send_bytes(body)
+        small = len(body) <= _SMALL  # in one message, so that the parent wakes once
+        self._parent.send((verb, body if small else None))
+        if not small:
+            self._parent.send_bytes(body)
 
     def _next(self) -> Order:
         try:
@@ -260,7 +266,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc, unused-ignore]
             return
         self._seen.add(name)
         module = sys.modules.get(name)
-        if module is not None and not _importable(module, name):
+        file = getattr(module, "__file__", None) or ""
+        if module is not None and not _importable(name, file, tuple(sys.path)):
             cloudpickle.register_pickle_by_value(module)
             self._by_value.append(module)
 
@@ -286,9 +293,9 @@ def _ungainly(tensor: torch.Tensor) -> bool:
     return spare or tensor.device.type != "cpu" or tensor.grad_fn is not None
 
 
-def _importable(module: ModuleType, name: str) -> bool:
-    """Whether importing `name` in a fresh process finds the source file that this module came from."""
-    here = getattr(module, "__file__", None) or ""
+@lru_cache(maxsize=1024)
+def _importable(name: str, here: str, _path: tuple[str, ...]) -> bool:
+    """Whether importing `name` in a fresh process finds this source file; so long as sys.path stays as it is."""
     if not here.endswith(".py") or not os.path.isfile(here):
         return True  # built in, compiled, or made up (torch.ops): cloudpickle knows those better
     path: Any = None

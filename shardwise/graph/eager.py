@@ -112,7 +112,7 @@ class Numbers:
 
     def begin(self, micro: int) -> None:
         """The first operator of a micro-batch comes."""
-        torch.manual_seed(self._start + micro * _OPERATORS)
+        random.seed(self._start + micro * _OPERATORS)
 
     def next(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
         """The positions of a tensor, and the key of the operator that comes."""

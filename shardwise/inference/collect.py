@@ -6,8 +6,11 @@ said of a chunk that is on its way (who has it, shapes, dtypes) is in the launch
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +19,10 @@ from torch import Tensor
 
 from shardwise.engine.launch import Place
 from shardwise.graph.output import put_together
-from shardwise.inference.claims import FOREVER, Claims, await_others, leave, stop, taken
+from shardwise.inference.claims import Claims, Queue, StoreQueue, await_others, leave, shared_store
+from shardwise.inference.local_queue import LocalQueue
 from shardwise.inference.work import Work
+from shardwise.machine import slots
 
 _TENSORS = 1 << 12  # more than an output has
 _SMALL = 1 << 14  # bytes of an output up to which a message of its own takes longer than what is said of it
@@ -26,21 +31,61 @@ _CHUNKS = 1 << 18  # more than are on their way at once; their numbers go round
 
 def agreed_number(place: Place) -> int:
     """A number that all ranks have and no earlier call gave."""
-    number = torch.randint(1 << 62, (1,), generator=_fresh()).to(place.device)
-    dist.broadcast(number, src=0)
-    return int(number)
+    return _of_all([_number()], place)[0][0]
 
 
-def _fresh() -> torch.Generator:
+@contextmanager
+def agreed_queue(place: Place, window: int) -> Iterator[tuple[Queue, dist.Store]]:
+    """A queue of chunks that all ranks have, and a store that only this prediction uses.
+
+    Where all ranks are on one machine the queue is in its memory.
+
+    Args:
+        place: of this rank.
+        window: chunks that may be computed ahead; each rank may hold one more.
+    """
+    mine = LocalQueue.new(window + place.world) if place.rank == 0 else LocalQueue(0, 0)
+    try:
+        of_all = _of_all([_number(), mine.process, mine.descriptor, _whereabouts()], place)
+        number, process, descriptor, there = of_all[0]
+        store = shared_store(f"predict-{number}")
+        if not there or any(each[-1] != there for each in of_all):
+            yield StoreQueue(store, told=place.world), store  # which is a part of what may be computed ahead
+            return
+        with closing(LocalQueue(process, descriptor, window + place.world).opened(store)) as queue:
+            yield queue, store
+    finally:
+        if place.rank == 0:
+            mine.close()
+
+
+def _of_all(numbers: list[int], place: Place) -> list[list[int]]:
+    """Numbers of every rank."""
+    mine = torch.tensor(numbers, device=place.device)
+    found = [torch.empty_like(mine) for _ in range(place.world)]
+    dist.all_gather(found, mine)
+    return [each.tolist() for each in found]
+
+
+def _number() -> int:
     generator = torch.Generator()
     generator.seed()
-    return generator
+    return int(torch.randint(1 << 62, (1,), generator=generator))
+
+
+def _whereabouts() -> int:
+    """What processes have in common that may open each other's memory; 0 where this one shares none."""
+    shares = slots.place()
+    if not shares:
+        return 0
+    here = f"{shares} {os.stat('/proc/self/ns/pid').st_ino} {os.getuid()}"
+    return int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big") + 1
 
 
 # -- on the other ranks ------------------------------------------------------------------------------------------------
 
 
-def send_all(work: Work, claims: Claims, store: dist.Store, place: Place) -> None:
+def send_all(work: Work, claims: Claims, queue: Queue, store: dist.Store, place: Place) -> None:
     """Computes chunks until there is none left, and sends what this rank hands out."""
     sent: list[tuple[Any, Tensor]] = []
     while True:
@@ -52,22 +97,22 @@ def send_all(work: Work, claims: Claims, store: dist.Store, place: Place) -> Non
             break
         if work.gives:
             sent = [(handle, tensor) for handle, tensor in sent if not handle.is_completed()]
-            sent += _send(chunk, found[1], store, place)
+            sent += _send(chunk, found[1], queue, place)
     for handle, _ in sent:
         handle.wait()
     leave(store, place)
 
 
-def _send(chunk: int, tensors: list[Tensor], store: dist.Store, place: Place) -> list[tuple[Any, Tensor]]:
+def _send(chunk: int, tensors: list[Tensor], queue: Queue, place: Place) -> list[tuple[Any, Tensor]]:
     said = [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in tensors]
     raw = [t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors]
     note = json.dumps([place.rank, said]).encode()
     if sum(t.numel() for t in raw) <= _SMALL:
         # A line break ends what is said where tensors follow.
         note += b"\n" + b"".join(t.cpu().numpy().tobytes() for t in raw)
-        store.set(f"note/{chunk}", note)  # type: ignore[arg-type]  # bytes too
+        queue.note(chunk, note)
         return []
-    store.set(f"note/{chunk}", note)  # type: ignore[arg-type]
+    queue.note(chunk, note)
     return [(dist.isend(t, 0, tag=_tag(chunk, n)), t) for n, t in enumerate(raw) if t.numel()]
 
 
@@ -78,32 +123,24 @@ def _tag(chunk: int, n: int) -> int:
 # -- on rank 0 ---------------------------------------------------------------------------------------------------------
 
 
-def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iterator[Any]:
+def outputs(work: Work, claims: Claims, queue: Queue, store: dist.Store, place: Place) -> Iterator[Any]:
     """The outputs of all chunks in their order, computed here or received."""
     ready: dict[int, list[Tensor]] = {}
     form: Any = None
-    following = untold = 0
+    following = 0
     mine: int | None = claims.claim()
     try:
         while work.chunks.count is None or following < work.chunks.count:
-            # The store answers from a process whose ranks all compute: it is asked no more than it has to be.
+            # A store answers from a process whose ranks all compute: it is asked no more than it has to be.
             if following in ready:
-                untold += 1
-                if untold == place.world:  # a part of what may be computed ahead
-                    taken(store, untold)
-                    untold = 0
+                queue.take()
                 tensors = ready.pop(following)
                 following += 1
                 if form is None:  # of all chunks, and this rank has computed none yet
                     form = work.prediction.form(work.example)
                 yield put_together(form, tensors)
                 del tensors
-            elif following != mine and store.check([f"note/{following}"]):
-                received = _receive(following, store, place)
-                if received is None:  # another rank saw the end of the data
-                    break
-                ready[following] = received
-            elif mine is not None and mine < following + claims.window:
+            elif mine is not None and _is_next(mine, following, claims, queue):
                 claims.tell(mine)
                 found = work.compute(mine)
                 if found is None:
@@ -114,27 +151,33 @@ def outputs(work: Work, claims: Claims, store: dist.Store, place: Place) -> Iter
                     ready[mine] = [t.cpu() for t in found[1]]
                 mine = claims.claim()
             else:
-                store.wait([f"note/{following}"], FOREVER)
+                received = _receive(following, queue, place)
+                if received is None:  # another rank saw the end of the data
+                    break
+                ready[following] = received
         if mine is not None:
             claims.tell(-1)
     except GeneratorExit:
         # What the others have sent is received, so that the process group can be used for something else.
-        claimed = stop(store)
+        claimed = queue.stop()
         if mine is not None:
             claims.tell(-1)
         for chunk in range(following, claimed):
             if chunk not in ready and chunk != mine:
-                store.wait([f"note/{chunk}"], FOREVER)
-                _receive(chunk, store, place)
+                _receive(chunk, queue, place)
         await_others(store, place)
         raise
     await_others(store, place)
 
 
-def _receive(chunk: int, store: dist.Store, place: Place) -> list[Tensor] | None:
-    """The tensors of a chunk, on the CPU; None of one that nobody computes."""
-    note, _, following = store.get(f"note/{chunk}").partition(b"\n")
-    store.delete_key(f"note/{chunk}")
+def _is_next(mine: int, following: int, claims: Claims, queue: Queue) -> bool:
+    """Whether a chunk is to be computed before the one that follows is received."""
+    return mine == following or (mine < following + claims.window and not queue.noted(following))
+
+
+def _receive(chunk: int, queue: Queue, place: Place) -> list[Tensor] | None:
+    """The tensors of a chunk, on the CPU, when they have come; None of one that nobody computes."""
+    note, _, following = queue.read(chunk).partition(b"\n")
     if not note:
         return None
     source, said = json.loads(note)

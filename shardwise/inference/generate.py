@@ -16,7 +16,7 @@ from shardwise.engine.launch import Place, Ranks, joined, launched
 from shardwise.engine.sent import Sent
 from shardwise.engine.train import data_plan, fitting
 from shardwise.errors import JobError
-from shardwise.inference.claims import FOREVER, Claims, await_others, in_order, leave, shared_store, stop
+from shardwise.inference.claims import FOREVER, Claims, StoreQueue, await_others, in_order, leave, shared_store
 from shardwise.inference.collect import agreed_number
 from shardwise.inference.completion import PIECE, TOKENS, Wanted, complete
 from shardwise.inference.limits import Demand
@@ -193,7 +193,7 @@ class _Work:
 
     def claims(self, store: dist.Store, place: Place) -> Claims:
         """Who takes which group; tokens are small, so that no group waits for room."""
-        return Claims(store, self.replica, place.rank, len(self.groups) + place.world, lambda: 0)
+        return Claims(StoreQueue(store), store, self.replica, place.rank, len(self.groups) + place.world)
 
     def completed(self, claims: Claims) -> Iterator[tuple[int, list[list[int]]]]:
         """The groups that this rank's replica takes, and the tokens of each prompt."""
@@ -220,7 +220,7 @@ def _generate_joined(job: Job, task: _Task, threads: int | None) -> Generator[Te
                 try:
                     yield from _in_order(work.groups, parts)
                 except GeneratorExit:
-                    stop(store)
+                    StoreQueue(store).stop()
                     claims.tell(-1)
                     await_others(store, place)
                     raise

@@ -1,6 +1,7 @@
 """Parcels: tensors on their way from a rank to the process that started it, in memory that both see.
 
-The memory has no name in any file system: it is gone with the last process that has it, however these end.
+The memory has no name in any file system: it is gone with the last process that has it, however these end. Small
+tensors are in the parcel itself, which takes less time than to make memory for them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import mmap
 import os
 import select
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from shardwise.errors import RunError
 
 _ALIGNED = 64  # bytes; a tensor starts at a multiple of it
+_SMALL = 1 << 13  # bytes that are sent as they are
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,17 @@ class Parcel:
     """Where tensors lie.
 
     Attributes:
-        process, descriptor: whose memory it is, and its number there.
+        process, descriptor: whose memory it is, and its number there; -1 where they are in `data`.
         size: bytes.
         places: of each tensor where it starts, its shape and its dtype.
+        data: of small tensors what is in them.
     """
 
     process: int
     descriptor: int
     size: int
     places: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+    data: bytes = b""
 
 
 def pack(tensors: Sequence[Tensor]) -> Parcel:
@@ -46,14 +50,17 @@ def pack(tensors: Sequence[Tensor]) -> Parcel:
         places.append((size, tuple(tensor.shape), tensor.dtype))
         size += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
     size = max(size, 1)
+    if size <= _SMALL:
+        small = bytearray(size)
+        parcel = Parcel(os.getpid(), -1, size, tuple(places))
+        _fill(parcel, small, tensors)
+        return replace(parcel, data=bytes(small))
     try:
         descriptor = os.memfd_create("shardwise-outputs")
         os.ftruncate(descriptor, size)
+        parcel = Parcel(os.getpid(), descriptor, size, tuple(places))
         with mmap.mmap(descriptor, size) as memory:
-            parcel = Parcel(os.getpid(), descriptor, size, tuple(places))
-            for view, tensor in zip(_views(parcel, memory), tensors, strict=True):
-                view.copy_(tensor)
-            del view
+            _fill(parcel, memory, tensors)
     except OSError as error:
         raise RunError(
             f"{size / 1e9:.2f} GB of outputs cannot be kept: {error.strerror}; give a smaller global_batch"
@@ -63,11 +70,14 @@ def pack(tensors: Sequence[Tensor]) -> Parcel:
 
 def discard(parcel: Parcel) -> None:
     """Let go of memory that this process packed."""
-    os.close(parcel.descriptor)
+    if parcel.descriptor >= 0:
+        os.close(parcel.descriptor)
 
 
 def unpack(parcel: Parcel) -> list[Tensor]:
     """The tensors of a parcel; its memory is kept for as long as one of them is."""
+    if parcel.descriptor < 0:
+        return _views(parcel, bytearray(parcel.data))
     descriptor = os.open(f"/proc/{parcel.process}/fd/{parcel.descriptor}", os.O_RDWR | os.O_CLOEXEC)
     try:
         memory = mmap.mmap(descriptor, parcel.size)
@@ -88,7 +98,12 @@ def ends(parcel: Parcel, *, within: float) -> bool:
         os.close(process)
 
 
-def _views(parcel: Parcel, memory: mmap.mmap) -> list[Tensor]:
+def _fill(parcel: Parcel, memory: mmap.mmap | bytearray, tensors: Sequence[Tensor]) -> None:
+    for view, tensor in zip(_views(parcel, memory), tensors, strict=True):
+        view.copy_(tensor)
+
+
+def _views(parcel: Parcel, memory: mmap.mmap | bytearray) -> list[Tensor]:
     found = []
     for start, shape, dtype in parcel.places:
         count = torch.Size(shape).numel()

@@ -20,7 +20,8 @@ from shardwise.engine.train import data_plan, fitting
 from shardwise.graph.output import put_together
 from shardwise.inference import collect
 from shardwise.inference.chunks import Chunks
-from shardwise.inference.claims import Claims, in_order, shared_store, taken
+from shardwise.inference.claims import Claims, in_order, shared_store
+from shardwise.inference.local_queue import LocalQueue
 from shardwise.inference.parcel import Parcel, discard, ends, pack, unpack
 from shardwise.inference.precision import Arithmetic, Precision
 from shardwise.inference.work import Work
@@ -100,20 +101,16 @@ def _predict_locally(
     threads: int | None,
     log_dir: Path | None,
 ) -> Generator[Any, None, None]:
-    count = pack([torch.zeros(1, dtype=torch.int64)])
-    try:
-        task = _Task(job, data, plan, arithmetic, count)
-        with (
-            Ranks(plan.ranks, threads=threads, log_dir=log_dir) as live,
-            closing(live.stream(_rank, task)) as parts,
-        ):
-            (counter,) = unpack(count)
-            for form, tensors in in_order(_opened(parts)):
-                counter += 1
-                yield put_together(form, tensors)
-                del tensors
-    finally:
-        discard(count)
+    with (
+        closing(LocalQueue.new()) as queue,
+        Ranks(plan.ranks, threads=threads, log_dir=log_dir) as live,
+        closing(live.stream(_rank, _Task(job, data, plan, arithmetic, queue))) as parts,
+        closing(queue.opened()) as counts,
+    ):
+        for form, tensors in in_order(_opened(parts)):
+            counts.take()
+            yield put_together(form, tensors)
+            del tensors
 
 
 def _opened(parts: Iterator[_Part]) -> Iterator[tuple[int, tuple[Any, list[Tensor]]]]:
@@ -134,13 +131,13 @@ def _opened(parts: Iterator[_Part]) -> Iterator[tuple[int, tuple[Any, list[Tenso
 
 @dataclass(frozen=True)
 class _Task:
-    """What a local rank is told; `taken` has the number of chunks that the caller has taken."""
+    """What a local rank is told."""
 
     job: Sent
     data: Dataset[Any] | None
     plan: Plan
     arithmetic: Arithmetic
-    taken: Parcel
+    queue: LocalQueue
 
 
 @dataclass(frozen=True)
@@ -159,16 +156,16 @@ def _rank(task: _Task) -> Iterator[_Part]:
         if work is None:
             return
         window = _AHEAD * place.world
-        (counter,) = unpack(task.taken)
-        claims = Claims(shared_store("predict"), work.replica, place.rank, window, lambda: int(counter))
         kept: deque[tuple[int, Parcel]] = deque()
-        while (found := work.compute(chunk := claims.next())) is not None:
-            while kept and kept[0][0] <= chunk - window:  # which was taken, or this one could not have been claimed
-                discard(kept.popleft()[1])
-            if work.gives:
-                form, tensors = found
-                kept.append((chunk, pack(tensors)))
-                yield _Part(chunk, form, kept[-1][1])
+        with closing(task.queue.opened()) as queue:
+            claims = Claims(queue, shared_store("predict"), work.replica, place.rank, window)
+            while (found := work.compute(chunk := claims.next())) is not None:
+                while kept and kept[0][0] <= chunk - window:  # which was taken, or this one could not have been claimed
+                    discard(kept.popleft()[1])
+                if work.gives:
+                    form, tensors = found
+                    kept.append((chunk, pack(tensors)))
+                    yield _Part(chunk, form, kept[-1][1])
 
 
 def _predict_joined(
@@ -179,9 +176,10 @@ def _predict_joined(
         work = Work.on(job, plan, Arithmetic.of(plan, precision, dtype), place)
         if work is None:
             return
-        store = shared_store(f"predict-{collect.agreed_number(place)}")
-        claims = Claims(store, work.replica, place.rank, _AHEAD_OF_ROOT * place.world, lambda: taken(store))
-        if place.rank == 0:
-            yield from collect.outputs(work, claims, store, place)
-        else:
-            collect.send_all(work, claims, store, place)
+        window = _AHEAD_OF_ROOT * place.world
+        with collect.agreed_queue(place, window) as (queue, store):
+            claims = Claims(queue, store, work.replica, place.rank, window)
+            if place.rank == 0:
+                yield from collect.outputs(work, claims, queue, store, place)
+            else:
+                collect.send_all(work, claims, queue, store, place)

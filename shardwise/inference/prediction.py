@@ -134,10 +134,7 @@ class ModulePrediction:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
-            seed = random.stream(self._seed, chunk, _KEY)
-            torch.default_generator.manual_seed(seed)
-            if self._device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+            random.seed(random.stream(self._seed, chunk, _KEY))
             stack.enter_context(self._arithmetic.running(self._device))
             output = self._call(batch)
         return checked(output)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from shardwise.graph import random
+
 
 def build_bare(make: Callable[[], Any], seed: int, device: torch.device | str = "cpu") -> tuple[nn.Module | None, str]:
     """A module with its parameters on `meta`, and on `device` the buffers and other tensors of a whole one.
@@ -53,7 +55,7 @@ def drawing(seed: int, device: torch.device | str) -> Iterator[list[str]]:
     """Random numbers come from `seed` and tensors are made on `device`; gives a list, not empty if any were drawn."""
     draws: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
+        random.seed(seed)
         before = torch.get_rng_state()
         yield draws
         if not torch.equal(before, torch.get_rng_state()):

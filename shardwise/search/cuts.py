@@ -252,22 +252,31 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     upper = np.triu(np.ones((n, n), dtype=bool), k=1)
     bytes_of: dict[int, tuple[Array, Array, Array, Array]] = {}
     passed: dict[int, Array] = {}
+    half_done = [case.flight.half_done(rank) for rank in range(ranks)]
     for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
-        counts = ((0.0,), (1.0,), (2.0, 1.0), (2.0, 2.0))
-        alone, one, half, both = (np.add.reduce(list(case.memory(held, *those).values())) for those in counts)
+
+        def memory(*those: float, held: Held = held) -> Array:
+            found: Array = np.add.reduce(list(case.memory(held, *those).values()))
+            return found
+
         # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
-        each, more = one - alone, both - half
-        bytes_of[id(table)] = alone, half - 2 * each - more, each, more
+        alone = halved = memory(0.0)
+        each = memory(1.0) - alone
+        more = np.zeros_like(each)
+        if any(half_done):
+            half = memory(2.0, 1.0)
+            more = memory(2.0, 2.0) - half
+            halved = half - 2 * each - more
+        bytes_of[id(table)] = alone, halved, each, more
         passed[id(table)] = case.rooms(held) * (1 + case.reserve)
     fixed = case.profile.fixed * (1 + case.reserve)
 
     def needs(rank: int, begins: Any) -> Array:
         """Bytes of the stretches that begin at some bounds, as one of a rank's stages."""
         alone, halved, each, more = (values[begins] for values in bytes_of[id(case.held[rank])])
-        half = case.flight.half_done(rank)
-        found: Array = halved if half else alone
-        found = found + (case.flight.most(rank, ranks * chunks) * each + half * more) / chunks
+        half, most = half_done[rank], case.flight.most(rank, ranks * chunks)
+        found: Array = halved + (most * each + half * more) / chunks if half else alone + most / chunks * each
         return found
 
     rooms = []

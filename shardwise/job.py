@@ -5,21 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import random
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from shardwise.errors import JobError, SpecError
+from shardwise.seeding import seeded
 from shardwise.weights.bare import build_bare, drawing, kept_buffers
 from shardwise.weights.files import WeightFiles
 from shardwise.weights.fill import Weights
@@ -307,22 +305,6 @@ def _functions(module: Any) -> list[str]:
     """Names of the functions and classes that a module defines itself and does not hide."""
     own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     return [key for key, value in own.items() if callable(value) and not key.startswith("_")]
-
-
-@contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Seeds the generators of Python, NumPy and torch (on the CPU) by these numbers, and puts them back after."""
-    python, array = random.getstate(), np.random.get_state()
-    seed = zlib.crc32(repr(numbers).encode())
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)  # where there is no GPU, torch.manual_seed takes a millisecond more
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(array)
 
 
 def _import_file(path: Path) -> Any:

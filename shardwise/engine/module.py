@@ -31,6 +31,7 @@ from shardwise.parallel.replica import Replica
 from shardwise.parallel.schedule import actions, forward_only, stage_rank
 from shardwise.parallel.sequential import between, stage_modules
 from shardwise.plan.plan import PIPELINE, Plan
+from shardwise.seeding import seed_torch
 
 _RESULTS = ("loss", "count")
 """What the last stage gives of each micro-batch: the sum of its losses, and how many they are."""
@@ -241,7 +242,7 @@ class ModuleEngine(Engine):
             self._numbers.begin(m)
         else:
             key = random.stream(self.job.seed, self.steps, int(not self.module.training))
-            random.seed(random.stream(key, 0, self._rows[m].first))
+            seed_torch(random.stream(key, 0, self._rows[m].first))
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -21,10 +21,11 @@ from shardwise.engine.launch import Place, joined, launched, run_ranks
 from shardwise.engine.progress import Progress, Run, counted, median
 from shardwise.engine.sent import Sent
 from shardwise.errors import JobError, PlanError, RunError
-from shardwise.job import Batch, Job, digest, seeded
+from shardwise.job import Batch, Job, digest
 from shardwise.machine.backend import Backend, cores
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan, PlanAxis
+from shardwise.seeding import seeded
 from shardwise.weights.save import save_weights
 
 if TYPE_CHECKING:

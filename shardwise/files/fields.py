@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from shardwise.errors import FieldError
-from shardwise.job import Job, seeded
+from shardwise.job import Job
+from shardwise.seeding import seeded
 
 ONE = "input"
 """What the tensor is called of a sample that is one tensor."""

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from shardwise.graph import random
 from shardwise.job import lifts
+from shardwise.seeding import seed_torch
 
 _OPERATORS = 1 << 20
 """More operators than a pass draws random numbers with."""
@@ -112,7 +113,7 @@ class Numbers:
 
     def begin(self, micro: int) -> None:
         """The first operator of a micro-batch comes."""
-        random.seed(self._start + micro * _OPERATORS)
+        seed_torch(self._start + micro * _OPERATORS)
 
     def next(self, shape: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
         """The positions of a tensor, and the key of the operator that comes."""

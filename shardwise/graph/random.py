@@ -38,14 +38,6 @@ def stream(seed: int, step: int, op: int) -> int:
     return _mix_int(_mix_int(_mix_int(seed & _MASK) + 0x9E3779B9 * (step + 1) & _MASK) + 0x7F4A7C15 * (op + 1) & _MASK)
 
 
-def seed(number: int) -> None:
-    """As `torch.manual_seed`, which takes up to a millisecond where there is no GPU: it notes a stack for each."""
-    if torch.cuda.is_available():
-        torch.manual_seed(number)
-    else:
-        torch.default_generator.manual_seed(number)
-
-
 def positions(size: Sequence[int], axes: Sequence[Tensor] | None, whole: Sequence[int], device: torch.device) -> Tensor:
     """The position in the whole tensor of each element of a part.
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch.utils.data import IterableDataset, default_collate
 
 from shardwise.errors import JobError
-from shardwise.job import Batch, Job, seeded
+from shardwise.job import Batch, Job
+from shardwise.seeding import seeded
 
 
 class Chunks:

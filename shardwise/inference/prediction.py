@@ -30,6 +30,7 @@ from shardwise.parallel.mesh import Mesh
 from shardwise.parallel.rank import RankModel, let_go
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan, PlanAxis
+from shardwise.seeding import seed_torch
 
 _KEY = 2
 """Tells the random numbers of prediction from those of training (0) and evaluation (1)."""
@@ -134,7 +135,7 @@ class ModulePrediction:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(torch.random.fork_rng([self._device] if self._device.type == "cuda" else []))
-            random.seed(random.stream(self._seed, chunk, _KEY))
+            seed_torch(random.stream(self._seed, chunk, _KEY))
             stack.enter_context(self._arithmetic.running(self._device))
             output = self._call(batch)
         return checked(output)

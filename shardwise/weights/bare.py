@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from shardwise.graph import random
+from shardwise.seeding import seed_torch
 
 
 def build_bare(make: Callable[[], Any], seed: int, device: torch.device | str = "cpu") -> tuple[nn.Module | None, str]:
@@ -55,7 +55,7 @@ def drawing(seed: int, device: torch.device | str) -> Iterator[list[str]]:
     """Random numbers come from `seed` and tensors are made on `device`; gives a list, not empty if any were drawn."""
     draws: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        random.seed(seed)
+        seed_torch(seed)
         before = torch.get_rng_state()
         yield draws
         if not torch.equal(before, torch.get_rng_state()):

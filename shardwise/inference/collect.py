@@ -44,9 +44,10 @@ def agreed_queue(place: Place, window: int) -> Iterator[tuple[Queue, dist.Store]
         place: of this rank.
         window: chunks that may be computed ahead; each rank may hold one more.
     """
-    mine = LocalQueue.new(window + place.world) if place.rank == 0 else LocalQueue(0, 0)
+    here, none = _whereabouts(), LocalQueue(0, -1)
+    mine = LocalQueue.new(window + place.world) if here and place.rank == 0 else none
     try:
-        of_all = _of_all([_number(), mine.process, mine.descriptor, _whereabouts()], place)
+        of_all = _of_all([_number(), mine.process, mine.descriptor, here], place)
         number, process, descriptor, there = of_all[0]
         store = shared_store(f"predict-{number}")
         if not there or any(each[-1] != there for each in of_all):
@@ -55,7 +56,7 @@ def agreed_queue(place: Place, window: int) -> Iterator[tuple[Queue, dist.Store]
         with closing(LocalQueue(process, descriptor, window + place.world).opened(store)) as queue:
             yield queue, store
     finally:
-        if place.rank == 0:
+        if mine is not none:
             mine.close()
 
 

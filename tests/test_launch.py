@@ -395,11 +395,13 @@ def test_ranks_end_with_their_parent(number: signal.Signals, tmp_path: Path) -> 
     assert len(pids) == 2
 
 
+def held() -> tuple[int, int]:
+    """How many descriptors and threads this process has."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
 @slow
 def test_a_pool_outlives_the_thread_that_made_it_and_gives_everything_back() -> None:
-    def held() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), threading.active_count()
-
     pools: list[Ranks] = []
     before = held()
     maker = threading.Thread(target=lambda: pools.append(Ranks(1, backend=CPU)))
@@ -409,11 +411,24 @@ def test_a_pool_outlives_the_thread_that_made_it_and_gives_everything_back() -> 
         assert ranks.run(dist.get_rank) == [0]
         log_dir = ranks.log_dir
         assert log_dir.is_dir()
-    assert_eventually(lambda: held() == before)
+    assert held() == before
     assert not log_dir.exists()
     assert_gone(ranks.pids)
     with pytest.raises(RunError, match="for they were closed"):
         ranks.run(dist.get_rank)
+
+
+@slow
+def test_a_pool_that_lost_a_rank_gives_back_what_it_held_for_an_idle_one() -> None:
+    def leave() -> None:
+        if dist.get_rank() == 1:
+            time.sleep(0.5)  # rank 0 has answered, and nobody is told anything
+            os._exit(3)
+
+    before = held()
+    with pytest.raises(RunError, match=r"^rank 1 of 2 exited with code 3"), Ranks(2, backend=CPU) as ranks:
+        ranks.run(leave)
+    assert held() == before
 
 
 @slow

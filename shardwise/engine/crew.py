@@ -132,13 +132,14 @@ class Rank:
         self._seat = seat
         self._environment = environment
         self._events = events
-        self._outbox: SimpleQueue[tuple[Order, bytes]] = SimpleQueue()
+        self._outbox: SimpleQueue[tuple[Order, bytes] | None] = SimpleQueue()
         self._line, theirs = Pipe()
         self._process: subprocess.Popen[bytes] | None = None
         self._trouble: OSError | None = None
         self._started, self._buried = threading.Event(), threading.Event()
         name = f"shardwise-rank{seat.rank}"
-        threading.Thread(target=self._keep, args=(theirs, log), name=name, daemon=True).start()
+        self._keeper = threading.Thread(target=self._keep, args=(theirs, log), name=name, daemon=True)
+        self._keeper.start()
         self._started.wait()
         if self._trouble is not None:
             raise LaunchError(
@@ -173,6 +174,8 @@ class Rank:
         self.signal(signal.SIGKILL)
         status = self._process.wait()
         self._buried.set()
+        self._outbox.put(None)
+        self._keeper.join(timeout=1.0)  # it closes the line
         if status >= 0:
             return f"exited with code {status}"
         hint = ", as the kernel does when memory runs out," if status == -signal.SIGKILL else ""
@@ -190,9 +193,10 @@ class Rank:
             self._started.set()
         with contextlib.suppress(EOFError, OSError):
             self._line.send(self._seat)
-            while True:
-                self._converse(*self._outbox.get())
-        self._events.put(Event(self._seat.rank, "died"))
+            while said := self._outbox.get():
+                self._converse(*said)
+        if self.living:
+            self._events.put(Event(self._seat.rank, "died"))
         self._buried.wait()
         self._line.close()
 

@@ -255,20 +255,7 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
     half_done = [case.flight.half_done(rank) for rank in range(ranks)]
     for table in {id(t): t for t in case.held}.values():
         held = _held(table, tuple(bounds))
-
-        def memory(*those: float, held: Held = held) -> Array:
-            found: Array = np.add.reduce(list(case.memory(held, *those).values()))
-            return found
-
-        # Memory grows with each micro-batch in flight by as much, and with each that is half through backward.
-        alone = halved = memory(0.0)
-        each = memory(1.0) - alone
-        more = np.zeros_like(each)
-        if any(half_done):
-            half = memory(2.0, 1.0)
-            more = memory(2.0, 2.0) - half
-            halved = half - 2 * each - more
-        bytes_of[id(table)] = alone, halved, each, more
+        bytes_of[id(table)] = _by_flight(case, held, any(half_done))
         passed[id(table)] = case.rooms(held) * (1 + case.reserve)
     fixed = case.profile.fixed * (1 + case.reserve)
 
@@ -312,6 +299,26 @@ def _grid(case: Case, bounds: Sequence[int], chunks: int, limit: float | None) -
         found |= dict.fromkeys(alike, _Takes(busy + sends[None, :], busy, way, tail))
     takes = [found[rank] for rank in range(ranks)]
     return _Grid(takes, used_by, fits_by, chunks, case.lost, case.plan.micro_batches / ranks)
+
+
+def _by_flight(case: Case, held: Held, halves: bool) -> tuple[Array, Array, Array, Array]:
+    """Bytes of stretches: with nothing in flight, and the same where some are half through backward.
+
+    Then by how much they grow with each micro-batch in flight, and with each that is half through; none is without
+    `halves`.
+    """
+
+    def memory(*counts: float) -> Array:
+        found: Array = np.add.reduce(list(case.memory(held, *counts).values()))
+        return found
+
+    alone = memory(0.0)
+    each = memory(1.0) - alone
+    if not halves:
+        return alone, alone, each, np.zeros_like(each)
+    half = memory(2.0, 1.0)
+    more = memory(2.0, 2.0) - half
+    return alone, half - 2 * each - more, each, more
 
 
 # The same table is asked for again with another ZeRO stage, or another number of ranks.

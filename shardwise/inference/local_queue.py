@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from shardwise.errors import RunError
+from shardwise.machine.descriptors import opened
 
 _CLAIMED, _TAKEN, _STOPPED, _COUNTS = range(4)  # places of the counts, and how many there are
 _NUMBER, _LENGTH, _HEAD = range(3)  # places in what is before a note, and how many there are
@@ -52,7 +53,7 @@ class LocalQueue:
             RunError: this process may not open it.
         """
         try:
-            return SharedQueue(os.open(f"/proc/{self.process}/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC), store)
+            return SharedQueue(opened(self.process, self.descriptor), store)
         except OSError as error:
             raise RunError(
                 f"process {os.getpid()} cannot open memory of process {self.process} of the same machine: "
@@ -74,13 +75,18 @@ class SharedQueue:
 
     def __init__(self, file: int, store: dist.Store | None = None) -> None:
         self._file, self._store = file, store
-        memory = memoryview(mmap.mmap(file, 0))
-        self._notes = (len(memory) - _COUNTS * _INT) // (_HEAD * _INT + _NOTE)
+        self._memory = mmap.mmap(file, 0)
+        whole = memoryview(self._memory)
+        self._notes = (len(whole) - _COUNTS * _INT) // (_HEAD * _INT + _NOTE)
         numbers = (_COUNTS + self._notes * _HEAD) * _INT
-        self._counts, self._room = memory[:numbers].cast("q"), memory[numbers:]
+        self._views = whole, whole[:numbers], whole[numbers:]
+        self._counts, self._room = self._views[1].cast("q"), self._views[2]
 
     def close(self) -> None:
         """Let go of it."""
+        for view in (self._counts, *reversed(self._views)):
+            view.release()
+        self._memory.close()  # which has a descriptor of its own
         os.close(self._file)
 
     def claim(self) -> int:

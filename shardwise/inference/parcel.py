@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shardwise.errors import RunError
+from shardwise.machine.descriptors import opened
 
 _ALIGNED = 64  # bytes; a tensor starts at a multiple of it
 _SMALL = 1 << 13  # bytes that are sent as they are
@@ -78,7 +79,7 @@ def unpack(parcel: Parcel) -> list[Tensor]:
     """The tensors of a parcel; its memory is kept for as long as one of them is."""
     if parcel.descriptor < 0:
         return _views(parcel, bytearray(parcel.data))
-    descriptor = os.open(f"/proc/{parcel.process}/fd/{parcel.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+    descriptor = opened(parcel.process, parcel.descriptor)
     try:
         memory = mmap.mmap(descriptor, parcel.size)
     finally:

@@ -26,6 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shardwise.machine.descriptors import opened
+
 SLOT_BYTES = 1 << 19
 """Bytes of a slot: what is put is still in a processor's cache when it is taken."""
 _SLOTS = 2
@@ -253,7 +255,7 @@ def meet(store: dist.Store, rank: int, size: int) -> int | None:
 def _open_of(process: int, number: int, token: str, size: int) -> int:
     """Another process's file of so many bytes, -1 where it cannot be opened or does not end with the token."""
     try:
-        file = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+        file = opened(process, number)
     except OSError:
         return -1
     if os.pread(file, len(token), size - len(token)) == token.encode():

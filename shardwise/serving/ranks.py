@@ -22,6 +22,7 @@ from shardwise.errors import FieldError, JobError, PlanError, ShardwiseError
 from shardwise.inference.precision import Arithmetic, Precision
 from shardwise.inference.prediction import Prediction, Replica, build
 from shardwise.job import Batch, slice_batch
+from shardwise.machine.descriptors import opened
 from shardwise.parallel.mesh import Mesh
 from shardwise.plan.plan import Plan
 from shardwise.serving.outputs import outline
@@ -35,8 +36,7 @@ class Inbox:
     descriptor: int
 
     def open(self) -> Connection[Any, Any]:
-        path = f"/proc/{self.process}/fd/{self.descriptor}"
-        return Connection(os.open(path, os.O_RDONLY | os.O_CLOEXEC), writable=False)
+        return Connection(opened(self.process, self.descriptor, os.O_RDONLY), writable=False)
 
 
 class Model(Protocol):

@@ -138,10 +138,6 @@ class Claims:
         self.tell(chunk)
         return chunk
 
-    def claim(self) -> int:
-        """The next chunk that nobody has; on the first rank of a replica. -1 where all is stopped."""
-        return self._queue.claim()
-
     def tell(self, chunk: int) -> None:
         """Tell the others of this replica what to compute; -1 for nothing more."""
         for rank in self._replica.ranks[1:]:

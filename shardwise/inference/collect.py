@@ -129,7 +129,7 @@ def outputs(work: Work, claims: Claims, queue: Queue, store: dist.Store, place: 
     ready: dict[int, list[Tensor]] = {}
     form: Any = None
     following = 0
-    mine: int | None = claims.claim()
+    mine: int | None = queue.claim()
     try:
         while work.chunks.count is None or following < work.chunks.count:
             # A store answers from a process whose ranks all compute: it is asked no more than it has to be.
@@ -150,7 +150,7 @@ def outputs(work: Work, claims: Claims, queue: Queue, store: dist.Store, place: 
                 form = found[0]
                 if work.gives:
                     ready[mine] = [t.cpu() for t in found[1]]
-                mine = claims.claim()
+                mine = queue.claim()
             else:
                 received = _receive(following, queue, place)
                 if received is None:  # another rank saw the end of the data

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from shardwise.graph import capture, unfold
-from shardwise.graph.capture import Captured
+from shardwise.graph.captured import Captured
 from shardwise.job import Job
 from tests.zoo.data import CausalTokens, Images, Vectors
 from tests.zoo.plain import class_loss, sgd

@@ -10,7 +10,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from shardwise.errors import CaptureError, JobError
+from shardwise.graph.captured import Captured
 from shardwise.graph.functional import functional
 from shardwise.graph.no_data import on_cpu, without_data
 from shardwise.graph.normalize import normalize
@@ -105,39 +106,6 @@ def mean_loss(loss: Callable[[Any, Batch], Any] | None, output: Any, batch: Batc
 
 
 Wrapper = LossModule | OutputModule | Step
-
-
-@dataclass(frozen=True, eq=False)
-class Captured:
-    """The captured graph: an fx graph whose placeholders are parameters, buffers, constants and batch tensors.
-
-    Attributes:
-        graph: nodes in execution order; the output is the results, then the new values of changed buffers.
-        params: placeholder name to the parameter's name in the user's module (tied names resolved to one).
-        buffers: placeholder name to buffer name.
-        constants: placeholder name to tensor.
-        inputs: placeholder names of the batch tensors, in the order of `batch_tensors`.
-        updates: names of the buffers that the graph's last outputs replace.
-        tied: parameter name to the name of the parameter that it is the same tensor as.
-        results: what the graph is run for, in the order of its output: `loss`, then `count` where the number of items
-            is given that it is a mean over; or the tensors of the model's own output.
-        batch_symbols: names of the symbols that stand for the number of samples; empty where the model fixes it.
-        form: of the model's own output, where the graph is for prediction; see `output.taken_apart`.
-        state: names of the buffers that a step of generation reads and renews; see `graph.step`.
-    """
-
-    graph: fx.Graph
-    params: dict[str, str]
-    buffers: dict[str, str]
-    constants: dict[str, Tensor]
-    inputs: list[str]
-    updates: list[str]
-    tied: dict[str, str]
-    results: tuple[str, ...]
-    batch_symbols: frozenset[str]
-    fixed_batch: int | None
-    form: Any = None
-    state: tuple[str, ...] = ()
 
 
 def capture(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from shardwise.graph.capture import Captured, Purpose, capture, is_getitem
+from shardwise.graph.capture import Purpose, capture, is_getitem
+from shardwise.graph.captured import Captured
 from shardwise.graph.dims import BATCH, ONE, Dim, Size
 from shardwise.graph.garbage import uncollected
 from shardwise.graph.rewrite import arguments

@@ -10,17 +10,15 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from shardwise.errors import JobError
+from shardwise.graph.captured import Captured
 from shardwise.graph.no_data import without_data
 from shardwise.graph.output import Place
-
-if TYPE_CHECKING:
-    from shardwise.graph.capture import Captured
 
 aten = torch.ops.aten
 FIRST = 2

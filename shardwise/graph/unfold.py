@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,9 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from shardwise.graph import random
-
-if TYPE_CHECKING:
-    from shardwise.graph.capture import Captured
+from shardwise.graph.captured import Captured
 
 _LONGEST = 8  # layers of a pattern, such as five with local attention and one with global
 _KEPT = 3  # times that a pattern is exported: the first and the last may have other neighbours

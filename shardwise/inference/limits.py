@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from shardwise.errors import JobError
-from shardwise.graph.capture import Captured
+from shardwise.graph.captured import Captured
 from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import operator_name
 

@@ -267,10 +267,18 @@ def _verify(arguments: argparse.Namespace) -> Answer:
     )
     found = [_row_dict(row) for row in rows]
     print(proof_table(found))
-    failed = [row["strategy"] for row in found if row["applicable"] and not row["passed"]]
-    if failed and not arguments.json:
-        raise ProofError(f"{', '.join(failed)} did not compute what one device computes; the table has the errors")
-    return found, 1 if failed else 0
+    failed = [row["strategy"] for row in found if row["applicable"] and not row["passed"] and not row["unclear"]]
+    unclear = {row["strategy"]: row["rounding"] for row in found if row["unclear"]}
+    told = [f"{', '.join(failed)} did not compute what one device computes; the table has the errors"] if failed else []
+    if unclear:
+        told.append(
+            f"{', '.join(unclear)} cannot be told from rounding: with the last bit of every weight changed, one device "
+            f"differs from itself by up to {max(unclear.values()):.1e}; prove it with weights of which that is not so, "
+            "trained or smaller"
+        )
+    if told and not arguments.json:
+        raise ProofError("; ".join(told))
+    return found, 1 if told else 0
 
 
 def _machine(arguments: argparse.Namespace) -> Answer:

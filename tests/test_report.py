@@ -122,9 +122,12 @@ def test_proof_table_says_what_failed_and_what_does_not_apply() -> None:
     row = {
         "strategy": "data", "plan": "", "applicable": True, "reason": "", "loss_error": 1e-12, "grad_error": 2e-3,
         "param_error": None, "collectives_announced": [1], "collectives_recorded": [1], "passed": False,
+        "unclear": False,
     }  # fmt: skip
-    text = proof_table([row, {**row, "strategy": "hybrid", "applicable": False, "reason": "2 ranks are one axis"}])
+    hybrid = {**row, "strategy": "hybrid", "applicable": False, "reason": "2 ranks are one axis"}
+    text = proof_table([row, {**row, "strategy": "tensor", "unclear": True}, hybrid])
     assert re.search(r"data +FAILED +1\.0e-12 +2\.0e-03 +– +as announced", text)
+    assert re.search(r"tensor +unclear +1\.0e-12", text)
     assert re.search(r"hybrid +does not apply +2 ranks are one axis", text)
 
 

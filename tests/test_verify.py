@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from torch.utils.data import Dataset
 from shardwise.cli import main
 from shardwise.errors import JobError, ProofError
 from shardwise.job import Job
+from shardwise.measure.compare import compare, relative
 from shardwise.measure.reference import Trace
-from shardwise.measure.verify import Row, relative, verify
+from shardwise.measure.verify import Row, verify
 from shardwise.plan.plan import Plan, PlanAxis
 from tests.pool import Pool
 from tests.zoo import ZOO
@@ -76,8 +79,30 @@ def wrong_mean(output: torch.Tensor, batch: Any) -> torch.Tensor:
 def test_a_run_that_differs_between_ranks_does_not_pass() -> None:
     job = ZOO["sum_count_mlp"]().with_(loss=wrong_mean)
     (row,) = verify(job, 2, strategies=["data"], steps=1)
-    assert row.applicable and not row.passed
+    assert row.applicable and not row.passed and not row.unclear
     assert row.grad_error is not None and row.grad_error > 0.1
+    assert row.rounding is not None and 0 < row.rounding < 1e-12
+
+
+def steep_loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
+    """A loss that turns a difference in the last bit into one in the sixth digit."""
+    return (1e9 * output).sin().mean()
+
+
+def test_what_rounding_decides_is_neither_passed_nor_failed() -> None:
+    job = ZOO["sum_count_mlp"]().with_(loss=steep_loss)
+    (row,) = verify(job, 2, strategies=["tensor"], steps=1)
+    assert row.unclear and not row.passed, row
+    assert row.grad_error is not None and row.rounding is not None
+    assert 1e-9 < row.grad_error < 10 * row.rounding
+
+
+def test_what_is_no_number_is_infinitely_far_off() -> None:
+    true = Trace([1.0, 1.0], [1.0, 1.0], [{"a": torch.ones(2), "b": torch.ones(2)}] * 2, {"a": torch.ones(2)})
+    assert compare(true, true) == ((0.0, 0.0, 0.0), "a")
+    wrong = replace(true, grads=[true.grads[0], {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}])
+    assert compare(wrong, true) == ((0.0, math.inf, 0.0), "b")
+    assert compare(replace(true, losses=[1.0, math.nan]), true)[0].loss == math.inf
 
 
 def test_more_plans_get_rows_of_their_own() -> None:
@@ -93,7 +118,7 @@ def test_command_prints_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None
     rows = json.loads(capsys.readouterr().out)
     wanted = {
         "strategy", "plan", "applicable", "reason", "loss_error", "grad_error", "param_error",
-        "collectives_announced", "collectives_recorded", "passed",
+        "collectives_announced", "collectives_recorded", "passed", "worst", "unclear", "rounding",
     }  # fmt: skip
     assert all(wanted <= set(row) for row in rows)
     data, hybrid = rows
@@ -109,6 +134,7 @@ def test_errors_are_relative_to_the_tensor_or_to_all() -> None:
     assert relative(one * 1.5, one, 1.0) == pytest.approx(0.5)
     assert relative(torch.full((4,), 1e-9), torch.zeros(4), 1.0) == pytest.approx(2e-3)
     assert relative(torch.ones(3), one, 1.0) == float("inf")
+    assert relative(one * torch.nan, one, 1.0) == float("inf")
     assert Trace().losses == []
 
 

@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from shardwise.engine.base import Engine
 from shardwise.engine.engine import parallelize
@@ -18,8 +19,9 @@ from shardwise.engine.launch import Place, Ranks, joined
 from shardwise.engine.sent import Sent
 from shardwise.errors import JobError, LaunchError, PlanError, ProofError, RunError
 from shardwise.graph.graph import Graph
-from shardwise.job import Batch, Job, digest
-from shardwise.measure.reference import Trace, real, run_reference
+from shardwise.job import Batch, Job, digest, lift
+from shardwise.measure.compare import Errors, change_last_bits, compare
+from shardwise.measure.reference import Trace, run_reference
 from shardwise.measure.traffic import Collectives
 from shardwise.parallel.mesh import Traffic
 from shardwise.plan.plan import Plan
@@ -28,8 +30,8 @@ from shardwise.search.strategies import STRATEGIES, strategies
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """The largest error that passes, by the dtype of the run."""
-_NOISE = 1e-6
-"""A tensor counts as at least this part of all tensors together; one whose true gradient is zero as all of them."""
+_UNCLEAR = 10.0
+"""Errors are told from rounding that are so many times as large as what one device's last bits do to it."""
 _LEARNING_RATE = 0.01  # of the plain SGD of proofs in float32
 
 
@@ -52,6 +54,9 @@ class Row:
         collectives_recorded: the same as torch dispatched them.
         passed: every error within the tolerance, and on every rank the collectives that were announced.
         worst: the tensor with the largest gradient error.
+        unclear: not passed, but no further off than rounding may take it: an error is at most ten times that of one
+            device against itself with the last bit of every weight changed, or within the tolerance.
+        rounding: the largest of these errors of one device; None where nothing asked for them.
     """
 
     strategy: str
@@ -65,6 +70,8 @@ class Row:
     collectives_recorded: list[dict[str, Any]] = field(default_factory=list)
     passed: bool = False
     worst: str = ""
+    unclear: bool = False
+    rounding: float | None = None
 
 
 def verify(
@@ -105,16 +112,16 @@ def verify(
     with ExitStack() as stack:
         try:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardwise-")))
-            task, note = _on_one_device(job, dtype, steps, folder, spec)
+            alone = _OneDevice.of(job, dtype, steps, folder, spec)
         except OSError as error:
             message = f"the run on one device cannot be kept: {error.strerror}; set TMPDIR to another disk"
             raise LaunchError(message) from error
         rows = [_not_applicable(c) if c.plan is None else None for c in candidates]
         for size in sorted({c.plan.ranks for c in candidates if c.plan is not None}):
             places = [i for i, c in enumerate(candidates) if c.plan is not None and c.plan.ranks == size]
-            found = _rows([candidates[i] for i in places], task, size, timeout, pool)
+            found = _rows([candidates[i] for i in places], alone, size, timeout, pool)
             for i, row in zip(places, found, strict=True):
-                rows[i] = replace(row, reason="; ".join(filter(None, (row.reason, note))))
+                rows[i] = replace(row, reason="; ".join(filter(None, (row.reason, alone.note))))
     return [row for row in rows if row is not None]
 
 
@@ -130,15 +137,6 @@ def first_batches(job: Job, count: int) -> list[Batch]:
         )
     whole = total // job.global_batch
     return [job.batch(range(i % whole * job.global_batch, (i % whole + 1) * job.global_batch)) for i in range(count)]
-
-
-def relative(found: Tensor, true: Tensor, scale: float) -> float:
-    """‖found − true‖ / max(‖true‖, 1e-6·scale), in float64; 0 for equal ones."""
-    found, true = real(found).double().cpu(), real(true).double().cpu()
-    if found.shape != true.shape:
-        return float("inf")
-    off = float(torch.linalg.vector_norm(found - true))
-    return off / max(float(torch.linalg.vector_norm(true)), _NOISE * scale) if off else 0.0
 
 
 # --- one device -------------------------------------------------------------------------------------------------------
@@ -157,34 +155,60 @@ class _Task:
         """The job as the proof takes its steps."""
         return _steady(self.job.loaded(), self.dtype)
 
+    def true(self) -> Trace:
+        """What one device computed."""
+        return Trace(**torch.load(self.kept, weights_only=True, mmap=True))
+
 
 def _candidates(job: Job, ranks: int, wanted: Sequence[str]) -> list[Candidate]:
     return [c for c in strategies(job, ranks) if c.strategy in wanted]
 
 
-def _on_one_device(job: Job, dtype: torch.dtype, steps: int, folder: Path, spec: str | None) -> tuple[_Task, str]:
-    """Runs the job as it is, and keeps what it computed; with a note where it ran in another dtype."""
-    batches = first_batches(job, steps)
-    if digest(first_batches(job, 1)[0]) != digest(batches[0]):
-        raise ProofError(
-            f"the dataset gave other numbers when its first {job.global_batch} samples were read again, so that no two "
-            "runs can be compared; draw random numbers from torch, NumPy or random, which are seeded while a batch is "
-            "read, or seed a generator by the sample's index"
-        )
-    note = ""
-    try:
-        trace = run_reference(_steady(job, dtype), batches, dtype, _steady(job, dtype).optimizer)
-    except (NotImplementedError, RuntimeError) as error:
-        if dtype == torch.float32:
-            raise ProofError(f"{job.title()} does not run on one device: {_line(error)}") from error
-        dtype, note = torch.float32, f"in float32, for in float64 it does not run: {_line(error)}"
+@dataclass(frozen=True)
+class _OneDevice:
+    """The run that all others are compared with, and a note where it ran in another dtype."""
+
+    job: Job
+    task: _Task
+    note: str
+
+    @classmethod
+    def of(cls, job: Job, dtype: torch.dtype, steps: int, folder: Path, spec: str | None) -> _OneDevice:
+        """Run the job as it is, and keep what it computed in the folder."""
+        batches = first_batches(job, steps)
+        if digest(first_batches(job, 1)[0]) != digest(batches[0]):
+            raise ProofError(
+                f"the dataset gave other numbers when its first {job.global_batch} samples were read again, so that no "
+                "two runs can be compared; draw random numbers from torch, NumPy or random, which are seeded while a "
+                "batch is read, or seed a generator by the sample's index"
+            )
+        note = ""
         try:
-            trace = run_reference(_steady(job, dtype), batches, dtype, _steady(job, dtype).optimizer)
-        except (NotImplementedError, RuntimeError) as again:
-            raise ProofError(f"{job.title()} does not run on one device: {_line(again)}") from again
-    kept = folder / "one-device.pt"
-    torch.save(trace.__dict__, kept)
-    return _Task(Sent.of(job, spec), dtype, steps, kept), note
+            trace = _run(job, dtype, batches)
+        except (NotImplementedError, RuntimeError) as error:
+            if dtype == torch.float32:
+                raise ProofError(f"{job.title()} does not run on one device: {_line(error)}") from error
+            dtype, note = torch.float32, f"in float32, for in float64 it does not run: {_line(error)}"
+            try:
+                trace = _run(job, dtype, batches)
+            except (NotImplementedError, RuntimeError) as again:
+                raise ProofError(f"{job.title()} does not run on one device: {_line(again)}") from again
+        kept = folder / "one-device.pt"
+        torch.save(trace.__dict__, kept)
+        return cls(job, _Task(Sent.of(job, spec), dtype, steps, kept), note)
+
+    @cached_property
+    def rounding(self) -> Errors:
+        """How far it is from itself where every weight is changed in its last bit."""
+        module = lift(self.job.build(), self.task.dtype)
+        change_last_bits(module)
+        changed = _run(self.job, self.task.dtype, first_batches(self.job, self.task.steps), module)
+        return compare(changed, self.task.true())[0]
+
+
+def _run(job: Job, dtype: torch.dtype, batches: Sequence[Batch], module: nn.Module | None = None) -> Trace:
+    job = _steady(job, dtype)
+    return run_reference(job, batches, dtype, job.optimizer, module)
 
 
 def _steady(job: Job, dtype: torch.dtype) -> Job:
@@ -202,13 +226,10 @@ def _line(error: BaseException) -> str:
 # --- a strategy -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What one rank saw; errors are rank 0's."""
+class _Found(NamedTuple):
+    """What one rank saw; errors, and the tensor that is furthest off, are rank 0's."""
 
-    loss: float
-    grad: float
-    param: float
+    errors: Errors
     worst: str
     announced: list[Traffic]
     recorded: list[Traffic]
@@ -219,40 +240,40 @@ def _not_applicable(candidate: Candidate) -> Row:
 
 
 def _rows(
-    candidates: list[Candidate], task: _Task, ranks: int, timeout: float, pool: Callable[[int], Ranks] | None
+    candidates: list[Candidate], alone: _OneDevice, ranks: int, timeout: float, pool: Callable[[int], Ranks] | None
 ) -> list[Row]:
     """The strategies one after the other on the same ranks; where one breaks them, each on ranks of its own."""
     plans = [c.plan for c in candidates if c.plan is not None]
     with nullcontext(pool(ranks)) if pool else Ranks(ranks) as live:
         try:
-            answers = live.run(_compare, task, plans, timeout=timeout * len(plans))
-            return [_row(c, task, [each[i] for each in answers]) for i, c in enumerate(candidates)]
+            answers = live.run(_compare, alone.task, plans, timeout=timeout * len(plans))
+            return [_row(c, alone, [each[i] for each in answers]) for i, c in enumerate(candidates)]
         except RunError as error:
             if len(plans) == 1:
                 return [Row(candidates[0].strategy, plans[0], True, f"the run failed: {error}")]
-    return [row for candidate in candidates for row in _rows([candidate], task, ranks, timeout, pool)]
+    return [row for candidate in candidates for row in _rows([candidate], alone, ranks, timeout, pool)]
 
 
-def _row(candidate: Candidate, task: _Task, answers: list[_Found | str]) -> Row:
+def _row(candidate: Candidate, alone: _OneDevice, answers: list[_Found | str]) -> Row:
     refused = next((a for a in answers if isinstance(a, str)), None)
     if refused is not None:
         return _not_applicable(replace(candidate, reason=refused))
     found = [a for a in answers if isinstance(a, _Found)]
     first = found[0]
-    limit = TOLERANCE[task.dtype]
-    close = all(error <= limit for error in (first.loss, first.grad, first.param))
+    limit = TOLERANCE[alone.task.dtype]
+    close, sent = max(first.errors) <= limit, all(a.announced == a.recorded for a in found)
     return Row(
         candidate.strategy,
         candidate.plan,
         True,
         candidate.reason,
-        first.loss,
-        first.grad,
-        first.param,
+        *first.errors,
         [t._asdict() for t in first.announced],
         [t._asdict() for t in first.recorded],
-        passed=close and all(a.announced == a.recorded for a in found),
+        passed=close and sent,
         worst=first.worst,
+        unclear=sent and not close and first.errors.within(alone.rounding, _UNCLEAR, limit),
+        rounding=None if close else max(alone.rounding),
     )
 
 
@@ -274,50 +295,24 @@ def _compare(task: _Task, plans: Sequence[Plan]) -> list[_Found | str]:
 
 
 def _compare_one(task: _Task, engine: Engine, place: Place) -> _Found:
-    losses: list[float] = []
-    norms: list[float] = []
-    grads: list[dict[str, Tensor]] = []
+    found = Trace()
     recorded: list[Traffic] = []
     engine.measures_norm = True
     for batch in first_batches(engine.job, task.steps):
         seen = Collectives()
         with seen:
-            losses.append(engine.forward_backward(batch))
+            found.losses.append(engine.forward_backward(batch))
         recorded = seen.take()
         whole = engine.gradients()
-        grads.append(whole if place.rank == 0 else {})
+        found.grads.append(whole if place.rank == 0 else {})
         with seen:
             engine.update()
         recorded = _joined(recorded, seen.take())
-        norms.append(engine.grad_norm or 0.0)
+        found.norms.append(engine.grad_norm or 0.0)
     announced = engine.announced(engine.job.global_batch)
-    state = engine.state_dict()
-    if place.rank:
-        return _Found(0.0, 0.0, 0.0, "", announced, recorded)
-    true = Trace(**torch.load(task.kept, weights_only=True, mmap=True))
-    loss = max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(losses, true.losses, strict=True))
-    errors = {
-        (step, name): relative(found.get(name, torch.zeros_like(grad)), grad, norm)
-        for step, (found, norm) in enumerate(zip(grads, true.norms, strict=True))
-        for name, grad in true.grads[step].items()
-    }
-    errors |= {
-        (step, "the gradient norm"): abs(a - b) / max(b, 1e-30)
-        for step, (a, b) in enumerate(zip(norms, true.norms, strict=True))
-    }
-    worst = max(errors, key=lambda key: errors[key], default=(0, ""))
-    scale = float(torch.stack([real(p).double().norm() for p in true.params.values()]).norm()) if true.params else 0.0
-    params = [
-        relative(state[name], value, scale / _NOISE if _is_noise(true, name) else scale)
-        for name, value in true.params.items()
-    ]
-    return _Found(loss, errors.get(worst, 0.0), max(params, default=0.0), worst[1], announced, recorded)
-
-
-def _is_noise(true: Trace, name: str) -> bool:
-    """Whether a parameter's true gradient is zero (a key's bias), so that its steps are rounding noise made large."""
-    norms = [(float(g[name].norm()) if name in g else 0.0, n) for g, n in zip(true.grads, true.norms, strict=True)]
-    return any(norm for norm, _ in norms) and all(norm <= 1e-12 * whole for norm, whole in norms)
+    found.params = engine.state_dict()
+    errors, worst = compare(found, task.true()) if place.rank == 0 else (Errors(0.0, 0.0, 0.0), "")
+    return _Found(errors, worst, announced, recorded)
 
 
 def _joined(*parts: Sequence[Traffic]) -> list[Traffic]:

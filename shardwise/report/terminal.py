@@ -172,7 +172,7 @@ def proof_table(rows: Sequence[Mapping[str, Any]]) -> str:
         found = [row[key] for key in ("loss_error", "grad_error", "param_error")]
         errors = ["–" if error is None else small(error) for error in found]
         same = row["collectives_announced"] == row["collectives_recorded"]
-        verdict = "passed" if row["passed"] else "FAILED"
+        verdict = "passed" if row["passed"] else "unclear" if row["unclear"] else "FAILED"
         # Of a run that failed the first line; its trace is in the log that this names.
         told = row["reason"].partition("\n")[0]
         cells.append([row["strategy"], verdict, *errors, "as announced" if same else "not as announced", told])

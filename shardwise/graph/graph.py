@@ -179,7 +179,7 @@ class Graph:
 
     @cached_property
     def needs_grad(self) -> frozenset[Value]:
-        """Tensors that gradients flow through."""
+        """Tensors that gradients flow through, from the loss to a parameter that is trained."""
         found: set[Value] = set()
         constant = {op.context.operand(slot).value for op in self.ops for slot in op.context.constant}
         for node, values in self.values.items():
@@ -191,7 +191,11 @@ class Graph:
             if any(s in found for s in sources if s is not None) and operator_name(node.target) not in _NO_GRADIENT:
                 floating = (v for v in values if v.dtype.is_floating_point or v.dtype.is_complex)
                 found.update(v for v in floating if v not in constant)
-        return frozenset(found)
+        reached = {v for v in self.results.values() if v in found}
+        for node, values in reversed(self.values.items()):
+            if not reached.isdisjoint(values):
+                reached.update(v for n in node.all_input_nodes if (v := self.value(n)) is not None and v in found)
+        return frozenset(reached)
 
     @cached_property
     def state(self) -> Mapping[str, tuple[Value, Value]]:

@@ -220,6 +220,18 @@ _CONSTANTS = {
     "aten.new_ones.default": aten.ones.default,
     "aten.new_zeros.default": aten.zeros.default,
 }
+def _written(r: Rewriter, node: fx.Node) -> None:
+    # One value wherever a mask says so is a choice between it and what was there, entry by entry.
+    a = arguments(node)
+    sizes = list(map(str, shape(a["self"])))
+    mask, *others = a["indices"]
+    plain = mask is not None and not others and mask.meta["val"].dtype == torch.bool
+    if not plain or list(map(str, shape(mask))) != sizes or shape(a["values"]) or a["accumulate"]:
+        permutation.written(r, node)
+        return
+    r.replace(r.call(aten.where.self, mask, a["values"], a["self"]))
+
+
 _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.linear": _bias_after,
     "aten.conv1d": _bias_after,
@@ -240,7 +252,7 @@ _CHANGES: dict[str, Callable[[Rewriter, fx.Node], None]] = {
     "aten.cross_entropy_loss": _cross_entropy,
     "aten.nll_loss_nd": _cross_entropy,
     "aten.nll_loss": _cross_entropy,
-    "aten.index_put": permutation.written,
+    "aten.index_put": _written,
     "aten.scatter": permutation.written,
     "aten.sort": permutation.sorted_again,
     "aten.argsort": permutation.sorted_again,

@@ -17,7 +17,7 @@ from shardwise.parallel import lower
 from shardwise.parallel.collectives import join, take
 from shardwise.parallel.layout import WHOLE, Cut, Layout, SplitAxis, State, States, check_axes
 from shardwise.parallel.mesh import Axis, Mesh
-from shardwise.parallel.micro import Early, early_values, time_axis
+from shardwise.parallel.micro import Early, early_values, same_for_all, time_axis
 from shardwise.parallel.recompute import check_blocks
 from shardwise.parallel.schedule import stage_rank
 from shardwise.plan.plan import PIPELINE, Plan
@@ -61,6 +61,7 @@ class Split:
         self.early: list[Early] = (
             early_values(graph, self.layout, exact_batch_norm=plan.batch_norm == "exact") if self.timed else []
         )
+        self.same = graph.steady | (same_for_all(graph, self.layout) if self.timed else frozenset())
         self.pipeline = mesh.get(PIPELINE)
         self.bounds = bounds if bounds is not None else stage_bounds(graph, plan)
         rank = self.pipeline.rank if self.pipeline else 0

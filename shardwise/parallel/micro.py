@@ -61,6 +61,23 @@ def early_values(graph: Graph, layout: Layout, *, exact_batch_norm: bool = True)
     return sorted(found.values(), key=lambda e: order.get(e.value, -1))
 
 
+def same_for_all(graph: Graph, layout: Layout) -> frozenset[Value]:
+    """Results of operators that are the same for all micro-batches; `layout`'s axis 0 is time.
+
+    They have no part of the batch, and are not made of the statistics that a batch norm may take of each micro-batch
+    alone, which the layout has as those of the whole batch.
+    """
+    found: set[Value] = set()
+    made_of_statistics: set[Value] = set()
+    for op in graph.ops:
+        letter = layout.choices[op][0].letter
+        if (letter is not None and letter.special == "batch_norm") or not made_of_statistics.isdisjoint(op.inputs):
+            made_of_statistics.update(op.outputs)
+        else:
+            found.update(value for value in op.outputs if layout.states[value][0] == WHOLE)
+    return frozenset(found)
+
+
 def combine(early: Early, parts: Sequence[Tensor], leads: Sequence[int], samples: Sequence[int]) -> Tensor:
     """The tensor of the whole batch from those of the micro-batches."""
     if early.joins is None:
@@ -75,4 +92,4 @@ def where(op: Op) -> str:
     return f"{op.name} in {op.module}" if op.module else f"{op.name} ({op.node.name})"
 
 
-__all__ = ["PARTIAL", "TIME", "WHOLE", "Early", "combine", "early_values", "time_axis", "where"]
+__all__ = ["PARTIAL", "TIME", "WHOLE", "Early", "combine", "early_values", "same_for_all", "time_axis", "where"]

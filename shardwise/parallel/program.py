@@ -20,6 +20,8 @@ from shardwise.parallel.recompute import blocks_by
 from shardwise.parallel.reuse import reuse
 from shardwise.parallel.writer import Writer
 
+aten = torch.ops.aten
+
 
 @dataclass(eq=False)
 class Program:
@@ -224,7 +226,7 @@ class Emitter:
         if all(v in self.env for v in op.outputs) and op.outputs:
             return
         self.writer.block = self._blocks[op]
-        result = Call(self, op).emit()
+        result = self._lifted(op, Call(self, op).emit())
         outs = op.outputs
         if not any(value in self.graph.needs_grad for value in outs):
             result.meta["constant"] = True
@@ -234,3 +236,17 @@ class Emitter:
         else:
             for i, value in enumerate(outs):
                 self.env[value] = self.writer.call(operator.getitem, result, i)
+
+    def _lifted(self, op: Op, result: fx.Node) -> fx.Node:
+        """A result, in the dtype that takes the place of its own where torch's default decides: what is made of none.
+
+        Torch makes floats of integers, or of nothing, in its default dtype whatever the model runs in.
+        """
+        if len(op.outputs) != 1 or any(_is_inexact(value.dtype) for value in op.inputs):
+            return result
+        dtype = self.dtypes.get(op.outputs[0].dtype)
+        return result if dtype is None else self.writer.call(aten._to_copy.default, result, dtype=dtype)
+
+
+def _is_inexact(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex

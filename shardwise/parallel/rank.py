@@ -379,7 +379,7 @@ class RankModel:
             if name in self.buffers:
                 # A new tensor: backward may still need the old one.
                 self._renewed[name] = tensor.detach()
-                if self.updated[name] not in self.split.graph.steady:
+                if self.updated[name] not in self.split.same:
                     self._renew()
         if stage == self.split.plan.stages - 1:
             return {result: outs[value.name] for result, value in self.split.graph.results.items()}
@@ -389,7 +389,7 @@ class RankModel:
     def renew(self) -> None:
         """Put new buffers in place of old ones, after a step.
 
-        Those that a batch has a part in are renewed with each micro-batch; the others are the same for all of them.
+        Those that differ between micro-batches are renewed with each; the others are the same for all of them.
         """
         self._renew()
         axis = self.split.pipeline

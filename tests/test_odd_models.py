@@ -1,0 +1,133 @@
+"""What some models do and most do not: times divided, codebooks looked up, running means read as they are renewed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from shardwise.job import Job
+from shardwise.plan.plan import Plan
+from tests.conftest import Errors, cuts, data, outcome, pipeline, tensor
+from tests.pool import Pool
+from tests.zoo.data import Vectors
+from tests.zoo.plain import class_loss, sgd
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+class Noisy(Dataset[Any]):
+    """Vectors, noise for them, and how far to go to it: a whole number."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(index)
+        return {
+            "x": torch.randn(16, generator=draw),
+            "noise": torch.randn(16, generator=draw),
+            "time": torch.randint(0, 100, (), generator=draw),
+        }
+
+
+class Denoiser(nn.Module):
+    """Finds the noise; whole numbers divided are floating-point in torch's default dtype, whatever the model's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        kept = torch.cos(time / 100 * math.pi / 2)[:, None].to(x.dtype)
+        found: Tensor = self.second(F.silu(self.first(kept * x + (1 - kept**2).sqrt() * noise)))
+        return found
+
+
+def denoised(found: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    return F.mse_loss(found, batch["noise"])
+
+
+def denoiser() -> Job:
+    return Job(model=Denoiser, data=Noisy(), loss=denoised, optimizer=sgd, global_batch=8)
+
+
+class Codebook(nn.Module):
+    """The nearest of learned vectors in place of each, past which the gradient goes straight (van den Oord, 2017)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(10, 8))
+        self.encode, self.decode = nn.Linear(16, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.encode(x)
+        code = self.codes[torch.cdist(hidden, self.codes).argmin(-1)]
+        found: Tensor = self.decode(hidden + (code - hidden).detach()) + (code - hidden.detach()).square().mean()
+        return found
+
+
+class Centred(nn.Module):
+    """Subtracts a running mean of its input, this batch's part in it included."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 8)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        found: Tensor = self.second(torch.relu(self.first(x - self.mean)))
+        return found
+
+
+class Masked(nn.Module):
+    """Writes a value wherever a mask says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x) * 1
+        hidden[hidden.abs() < 0.1] = 0
+        found: Tensor = self.second(hidden)
+        return found
+
+
+def classifier(model: Callable[[], nn.Module]) -> Callable[[], Job]:
+    return lambda: Job(model=model, data=Vectors(classes=8), loss=class_loss, optimizer=sgd, global_batch=8)
+
+
+MODELS = {
+    "denoiser": (denoiser, 4),
+    "codebook": (classifier(Codebook), 1),
+    "centred": (classifier(Centred), 4),
+    "masked": (classifier(Masked), 4),
+}
+"""Jobs, and the micro-batches that they take in pipelines: of a codebook's the loss couples the samples."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_split_computes_what_one_device_does(name: str, pool: Pool) -> None:
+    make, micros = MODELS[name]
+    job = make()
+    plans = [
+        Plan((data(),)),
+        Plan((data(),), zero=3, micro_batches=min(micros, 2)),
+        Plan((tensor("width*", "classes*"),)),
+        Plan((pipeline(),), cuts(job, 2), micro_batches=micros),
+    ]
+    for plan in plans:
+        found = pool(2).run(outcome, job, plan, 2, timeout=60)
+        right = all(isinstance(e, Errors) and e.worst < 1e-9 and not e.traffic for e in found)
+        assert right, (plan.title(), found)

@@ -220,6 +220,8 @@ _CONSTANTS = {
     "aten.new_ones.default": aten.ones.default,
     "aten.new_zeros.default": aten.zeros.default,
 }
+
+
 def _written(r: Rewriter, node: fx.Node) -> None:
     # One value wherever a mask says so is a choice between it and what was there, entry by entry.
     a = arguments(node)

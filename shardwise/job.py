@@ -103,7 +103,7 @@ class Job:
             WeightsError: the weights cannot be read, or are not those of this module.
         """
         if torch.device(device).type == "meta":
-            return self._built(device)
+            return self._without_weights()
         module, weights = self.bare(device)
         if weights is not None:
             weights.fill(module, dict(module.named_parameters()), device)
@@ -133,6 +133,16 @@ class Job:
 
     def _weights(self, module: nn.Module, files: WeightFiles) -> Weights:
         return Weights(module, files, self.weights_names, model=type(module).__name__)
+
+    def _without_weights(self) -> nn.Module:
+        """The module on `meta`, by way of its weights where it looks at them while it is built."""
+        try:
+            return self._built("meta")
+        except (RuntimeError, NotImplementedError) as error:
+            why = str(error).partition("\n")[0]
+        module = self._built("cpu").to("meta")
+        _LOG.warning("%s is built with its weights even where only its shapes are asked for: %s", self.title(), why)
+        return module
 
     def _built(self, device: torch.device | str) -> nn.Module:
         """The module as the function makes it."""

@@ -104,6 +104,57 @@ class Masked(nn.Module):
         return found
 
 
+class Asked(nn.Module):
+    """Learned queries over what a sample is cut into; keys and values are parts of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, 16))
+        self.inputs, self.attention = nn.Linear(4, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.head = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.inputs(x.view(-1, 4, 4))
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        found: Tensor = self.head((queries + self.attention(queries, parts, parts)[0]).flatten(1))
+        return found
+
+
+class Turned(nn.Module):
+    """A weight that is kept orthogonal, which is looked at when the model is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(torch.tanh(self.first(x)))
+        return found
+
+
+class Contrasted(nn.Module):
+    """Two views of each sample told apart from all others', joined along the samples (Chen et al., 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        seen = torch.cat([self.second(torch.relu(self.first(view))) for view in (x, noise)])
+        seen, count = F.normalize(seen, dim=-1), x.shape[0]
+        alike = (seen @ seen.T).masked_fill(torch.eye(2 * count, dtype=torch.bool, device=x.device), -1e9)
+        wanted = torch.cat([torch.arange(count, 2 * count), torch.arange(count)]).to(x.device)
+        return F.cross_entropy(alike, wanted)
+
+
+def itself(found: Tensor, batch: Any) -> Tensor:
+    return found
+
+
+def contrasted() -> Job:
+    return Job(model=Contrasted, data=Noisy(), loss=itself, optimizer=sgd, global_batch=8)
+
+
 def classifier(model: Callable[[], nn.Module]) -> Callable[[], Job]:
     return lambda: Job(model=model, data=Vectors(classes=8), loss=class_loss, optimizer=sgd, global_batch=8)
 
@@ -113,8 +164,11 @@ MODELS = {
     "codebook": (classifier(Codebook), 1),
     "centred": (classifier(Centred), 4),
     "masked": (classifier(Masked), 4),
+    "asked": (classifier(Asked), 4),
+    "turned": (classifier(Turned), 4),
+    "contrasted": (contrasted, 1),
 }
-"""Jobs, and the micro-batches that they take in pipelines: of a codebook's the loss couples the samples."""
+"""Jobs, and the micro-batches that they take: some losses couple the samples."""
 
 
 @pytest.mark.parametrize("name", MODELS)

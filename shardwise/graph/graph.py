@@ -280,6 +280,9 @@ class Graph:
         expression = size.node.expr
         if not expression.free_symbols:
             return Size(int(expression))
+        samples = [s for s in expression.free_symbols if str(s) in self.captured.batch_symbols]
+        # Each tensor of the batch has a symbol of its own for the same number.
+        expression = expression.xreplace(dict.fromkeys(samples[1:], samples[0])) if samples[1:] else expression
         coefficient, rest = expression.as_coeff_Mul()
         power = 0
         for base, exponent in rest.as_powers_dict().items():

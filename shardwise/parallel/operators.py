@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from shardwise.graph.dims import product
 from shardwise.graph.graph import Op
 from shardwise.graph.rewrite import arguments
 from shardwise.graph.rules import Letter, Operand
@@ -126,11 +127,12 @@ class Call:
         return self.writer.shape(operand.value, states)[pos]
 
     def start_of(self, letter: Letter) -> Number:
-        """Where this rank's part of a letter starts."""
+        """Where this rank's part of a letter starts in its position, of which the letter is the major part."""
         place = letter.places[0]
         operand = self.op.context.operand(place.slot)
         states = self.needed.get(place.slot) or self.out_states(operand)
-        return self.writer.start(operand.value, place.pos, place.leaf, states)
+        minor = product(leaf.size for leaf in operand.value.dims[place.pos].leaves()[1:])
+        return self.writer.times(self.writer.start(operand.value, place.pos, place.leaf, states), minor.coefficient)
 
     def parts(self, letter: Letter) -> int:
         """Into how many parts a letter is cut."""

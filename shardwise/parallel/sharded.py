@@ -270,7 +270,7 @@ def gather_in(module: fx.GraphModule, bucket: FlatBucket, wanted: Sequence[str],
     if not uses:
         return False
     setattr(module, attribute, bucket)
-    users = {user for node in uses for user in node.users}
+    users = _readers(uses)
     with graph.inserting_before(uses[0]):
         holder = graph.get_attr(attribute)
         gathered = graph.call_function(unshard, (holder,))
@@ -291,3 +291,22 @@ def gather_in(module: fx.GraphModule, bucket: FlatBucket, wanted: Sequence[str],
         for node in (gathered, *items.values(), released):
             node.meta["block"], node.meta["serves"] = next(iter(blocks)), True
     return True
+
+
+def _readers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """What reads the entries of these nodes' tensors, through views of them too."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        for user in todo.pop().users:
+            if user not in found:
+                found.add(user)
+                if _is_view(user):
+                    todo.append(user)
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(each.alias_info is not None for each in node.target._schema.returns)
+    return node.target is operator.getitem

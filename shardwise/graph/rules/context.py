@@ -70,6 +70,10 @@ class Operand(NamedTuple):
         return self.value.sizes[pos]
 
 
+FROM_A_START = frozenset({"vocabulary", "classes", "queries", "experts"})
+"""Lowerings that are told where a rank's range of a position begins."""
+
+
 class Place(NamedTuple):
     """One leaf of one position of one operand."""
 
@@ -324,8 +328,15 @@ class OpContext:
             return None
         if dim.size.expression or (dim.size.power and dim.size != dims.BATCH):
             return None
+        if special in FROM_A_START and any(not self._is_range(p) for p, key in zip(places, at, strict=True)):
+            return None
         partials = frozenset[Slot]().union(*(self.unsummed.get(key, ()) for key in at))
         return Letter(dim, tuple(sorted(places)), bool(summed), special, partials)
+
+    def _is_range(self, place: Place) -> bool:
+        """Whether a part of a leaf is one range of its position, as long for any number of samples."""
+        leaves = self.operand(place.slot).value.dims[place.pos].leaves()
+        return place.leaf == 0 and not any(leaf.size.power or leaf.size.expression for leaf in leaves)
 
     def _leaf_places(self, places: Sequence[tuple[Slot, int]], skip: Size) -> list[Place]:
         found = []

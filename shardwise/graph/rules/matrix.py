@@ -118,7 +118,8 @@ def attention(c: OpContext) -> None:
             elif q.size(i).divide(x.size(i)) is not None and not x.size(i).one:
                 c.tie_major(q, i, x, i)
     c.tie(q, -2, out, -2)
-    c.special(out, -2, "queries")
+    if c.arguments.get("is_causal"):
+        c.special(out, -2, "queries")
     c.tie(k, -2, v, -2)
     c.tie(v, -1, out, -1)
     if mask := c.tensor("attn_mask"):

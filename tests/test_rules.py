@@ -112,6 +112,10 @@ CASES: dict[str, Case] = {
         ),
         (4, 6), ((6, 24),),
     ),
+    "attention, causal, of positions in groups": (
+        lambda x, i: F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        + x.unflatten(1, (2, 6)).square().sum(2).repeat_interleave(6, 1), (12, 6), (),
+    ),
     "attention, grouped": (
         lambda x, i, q, k: F.scaled_dot_product_attention(
             (x @ q).unflatten(-1, (4, 2)).transpose(1, 2), *[(x @ k).unflatten(-1, (2, 2)).transpose(1, 2)] * 2,
@@ -136,6 +140,9 @@ CASES: dict[str, Case] = {
     "pixel_shuffle": (lambda x, i: F.pixel_shuffle(x, 2), (8, 3, 3), ()),
     "embedding": (lambda x, i, w: F.embedding(i, w), (4, 6), ((4, 8),)),
     "embedding, padding": (lambda x, i, w: F.embedding(i, w, padding_idx=3), (4, 6), ((4, 8),)),
+    "embedding, rows in groups": (
+        lambda x, i, w: F.embedding(i, w) + w.view(2, 6, 8).square().sum((0, 1)), (4, 6), ((12, 8),),
+    ),
     "embedding_bag": (lambda x, i, w: F.embedding_bag(i, w, mode="mean"), (4, 6), ((4, 8),)),
     "layer_norm": (lambda x, i, w, b: F.layer_norm(x, (6,), w, b), (4, 6), ((6,), (6,))),
     "rms_norm": (lambda x, i, w: F.rms_norm(x, (6,), w), (4, 6), ((6,),)),
@@ -208,6 +215,10 @@ CASES: dict[str, Case] = {
     "rand": (lambda x, i: x * torch.rand_like(x) + torch.randn(x.shape[0], 4, 6, device=x.device), (4, 6), ()),
     "mse_loss": (lambda x, i, w: F.mse_loss(x, w.expand_as(x), reduction="sum"), (4, 6), ((4, 6),)),
     "cross_entropy": (lambda x, i: F.cross_entropy(x.flatten(0, 1), i.flatten(), reduction="sum"), (4, 6), ()),
+    "cross_entropy, classes in groups": (
+        lambda x, i: F.cross_entropy(x.flatten(0, 1), i.flatten(), reduction="sum")
+        + x.unflatten(-1, (2, 6)).sum(-1).square().sum(), (4, 12), (),
+    ),
     "cross_entropy, weighted": (
         lambda x, i, w: F.cross_entropy(x.transpose(1, 2), i, weight=w.detach().abs(), label_smoothing=0.1),
         (4, 6), ((6,),),

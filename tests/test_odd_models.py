@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from shardwise.errors import CaptureError, JobError
+from shardwise.graph.graph import Graph
 from shardwise.job import Job
+from shardwise.measure.verify import verify
 from shardwise.plan.plan import Plan
+from shardwise.search.strategies import strategies
 from tests.conftest import Errors, cuts, data, outcome, pipeline, tensor
 from tests.pool import Pool
 from tests.zoo.data import Vectors
@@ -155,6 +160,66 @@ def contrasted() -> Job:
     return Job(model=Contrasted, data=Noisy(), loss=itself, optimizer=sgd, global_batch=8)
 
 
+class Words(Dataset[Any]):
+    """Short sequences and their class."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return (torch.arange(6) * (index + 3) ** 2 // 5) % 20, torch.tensor(index % 8)
+
+
+class Decoder(nn.Module):
+    """torch's decoder with a mask of its own, which torch looks at for a hint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.memory = nn.Embedding(20, 16), nn.Parameter(torch.randn(1, 3, 16))
+        layer = nn.TransformerDecoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.layers, self.head = nn.TransformerDecoder(layer, 2), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(6, 6, dtype=torch.bool, device=x.device).triu(1)
+        memory = self.memory.expand(x.shape[0], -1, -1)
+        found: Tensor = self.head(self.layers(self.words(x), memory, tgt_mask=mask).mean(1))
+        return found
+
+
+class Counted(nn.Module):
+    """An embedding with an option that torch has for it."""
+
+    def __init__(self, **option: Any) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 16, **option), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.words(x).mean(1))
+        return found
+
+
+class Physical(nn.Module):
+    """A field and its gradient in space (Raissi et al., 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.field = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        value = self.field(x)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        return value[:, 0] ** 2 + slope.square().sum(1)
+
+
+def mean_of(found: Tensor, batch: Any) -> Tensor:
+    return found.mean()
+
+
+def of_words(model: Callable[[], nn.Module]) -> Callable[[], Job]:
+    return lambda: Job(model=model, data=Words(), loss=class_loss, optimizer=sgd, global_batch=8)
+
+
 def classifier(model: Callable[[], nn.Module]) -> Callable[[], Job]:
     return lambda: Job(model=model, data=Vectors(classes=8), loss=class_loss, optimizer=sgd, global_batch=8)
 
@@ -167,6 +232,8 @@ MODELS = {
     "asked": (classifier(Asked), 4),
     "turned": (classifier(Turned), 4),
     "contrasted": (contrasted, 1),
+    "decoder": (of_words(Decoder), 4),
+    "counted": (of_words(partial(Counted, scale_grad_by_freq=True)), 4),
 }
 """Jobs, and the micro-batches that they take: some losses couple the samples."""
 
@@ -185,3 +252,18 @@ def test_every_split_computes_what_one_device_does(name: str, pool: Pool) -> Non
         found = pool(2).run(outcome, job, plan, 2, timeout=60)
         right = all(isinstance(e, Errors) and e.worst < 1e-9 and not e.traffic for e in found)
         assert right, (plan.title(), found)
+
+
+def test_a_model_that_asks_for_gradients_itself_is_split_by_data_as_it_is(pool: Pool) -> None:
+    job = Job(model=Physical, data=Vectors(classes=8), loss=mean_of, optimizer=sgd, global_batch=8)
+    with pytest.raises(CaptureError, match="Physical does not capture, for it uses a tensor that torch kept"):
+        Graph.of(job)
+    rows = verify(job, 2, steps=2, pool=pool)
+    assert {row.strategy: row.passed for row in rows if row.applicable} == {"data": True, "sharded": True}, rows
+
+
+def test_a_model_that_changes_its_weights_when_it_is_called_is_refused() -> None:
+    job = of_words(partial(Counted, max_norm=0.5))()
+    with pytest.raises(JobError, match=r"Counted changes its parameter words.weight each time that it is called"):
+        strategies(job, 2)
+    assert Graph.of(of_words(Counted)()).ops

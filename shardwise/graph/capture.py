@@ -15,10 +15,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules import transformer
 
 from shardwise.errors import CaptureError, JobError
 from shardwise.graph.captured import Captured
@@ -218,7 +219,7 @@ def _runs(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode | 
         wrapper = on_cpu(wrapper, mode)
         with mode:
             tensors = tuple(torch.empty_like(t, device="cpu") for t in tensors)
-    with mode:
+    with mode, _masks_unread():
         return run(wrapper, wrapper.module, tensors, _state_names(wrapper))
 
 
@@ -238,7 +239,8 @@ def _check_that_it_runs(job: Job, batch: Batch, purpose: Purpose) -> None:
     if sum(p.numel() for p in job.build("meta").parameters()) > _SMALL:
         return
     try:
-        with torch.no_grad():
+        # In training a model may ask for gradients itself.
+        with torch.set_grad_enabled(purpose == "train"):
             _wrapper(job.build(), job, batch, purpose)(*batch_tensors(batch))
     except Exception as error:
         told = f"{type(error).__name__}: {_line(error)}"
@@ -261,7 +263,8 @@ def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode 
     try:
         with warnings.catch_warnings(), without_logs():
             warnings.simplefilter("ignore")
-            with mode or nullcontext(), written_out() if wrapper.training else nullcontext():
+            kept = written_out() if wrapper.training else nullcontext()
+            with mode or nullcontext(), kept, _masks_unread():
                 exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
             return functional(exported)
     except JobError:
@@ -270,6 +273,17 @@ def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode 
         raise _loses(wrapper.module, error) from None
     except Exception as error:
         raise _does_not_capture(wrapper, error) from error
+
+
+@contextmanager
+def _masks_unread() -> Iterator[None]:
+    """torch's transformer layers look whether a mask is causal, for a hint alone: they apply it either way."""
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
 
 
 def _loses(module: nn.Module, error: OwnBackward) -> CaptureError:
@@ -309,6 +323,12 @@ def _collect(exported: ExportedProgram, wrapper: Wrapper, tensors: tuple[Tensor,
             buffers[name] = str(spec.target).removeprefix("module.")
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             constants[name] = exported.constants[str(spec.target)]
+            if isinstance(constants[name], FakeTensor) and ".lifted_tensor" in str(spec.target):
+                raise CaptureError(
+                    f"{type(wrapper.module).__name__} does not capture, for it uses a tensor that torch kept for a "
+                    "gradient, as where a model calls torch.autograd.grad itself; it can still be split by data (data, "
+                    "sharded), and by layers where it is a Sequential"
+                )
         elif spec.kind is InputKind.USER_INPUT:
             inputs.append(name)
         else:
@@ -317,6 +337,13 @@ def _collect(exported: ExportedProgram, wrapper: Wrapper, tensors: tuple[Tensor,
     for out in exported.graph_signature.output_specs:
         if out.kind is OutputKind.BUFFER_MUTATION:
             updates.append(str(out.target).removeprefix("module."))
+        elif out.kind is OutputKind.PARAMETER_MUTATION and wrapper.training:
+            name = str(out.target).removeprefix("module.")
+            raise JobError(
+                f"{type(wrapper.module).__name__} changes its parameter {name} each time that it is called, as an "
+                "embedding with max_norm does, and ranks would change it by other samples each; compute what is to be "
+                "used of it instead (F.normalize), or keep it in a buffer"
+            )
         elif out.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the model changes {out.target} ({out.kind.name}), which cannot be split")
     results = len(exported.graph_signature.output_specs) - len(updates)

@@ -209,9 +209,11 @@ def pooling(c: OpContext) -> None:
 @rules(["embedding"])
 def embedding(c: OpContext) -> None:
     table, index, out = c.the("weight"), c.the("indices"), c.out
-    c.sum_over(table, 0, "vocabulary")
-    for i in range(index.ndim):
-        c.tie(index, i, out, i)
+    # Gradients that are divided by how often a row is read are of all samples together.
+    if not c.arguments.get("scale_grad_by_freq"):
+        c.sum_over(table, 0, "vocabulary")
+        for i in range(index.ndim):
+            c.tie(index, i, out, i)
     c.tie(table, 1, out, -1)
     c.hint(table, 0, "vocabulary")
 

@@ -253,7 +253,7 @@ def _verify(arguments: argparse.Namespace) -> Answer:
     import torch
 
     from shardwise.measure.verify import verify
-    from shardwise.report.terminal import proof_table
+    from shardwise.report.terminal import proof_failures, proof_table
 
     job = _job(arguments)
     dtype = {"float64": torch.float64, "float32": torch.float32}[arguments.dtype]
@@ -267,18 +267,10 @@ def _verify(arguments: argparse.Namespace) -> Answer:
     )
     found = [_row_dict(row) for row in rows]
     print(proof_table(found))
-    failed = [row["strategy"] for row in found if row["applicable"] and not row["passed"] and not row["unclear"]]
-    unclear = {row["strategy"]: row["rounding"] for row in found if row["unclear"]}
-    told = [f"{', '.join(failed)} did not compute what one device computes; the table has the errors"] if failed else []
-    if unclear:
-        told.append(
-            f"{', '.join(unclear)} cannot be told from rounding: with the last bit of every weight changed, one device "
-            f"differs from itself by up to {max(unclear.values()):.1e}; prove it with weights of which that is not so, "
-            "trained or smaller"
-        )
-    if told and not arguments.json:
-        raise ProofError("; ".join(told))
-    return found, 1 if told else 0
+    wrong = proof_failures(found)
+    if wrong and not arguments.json:
+        raise ProofError(wrong)
+    return found, 1 if wrong else 0
 
 
 def _machine(arguments: argparse.Namespace) -> Answer:

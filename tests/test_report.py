@@ -20,6 +20,7 @@ from shardwise.report.terminal import (
     comparison,
     duration,
     percent,
+    proof_failures,
     proof_table,
     report,
     size,
@@ -128,6 +129,14 @@ def test_proof_table_says_what_failed_and_what_does_not_apply() -> None:
     text = proof_table([row, {**row, "strategy": "tensor", "unclear": True}, hybrid])
     assert re.search(r"data +FAILED +1\.0e-12 +2\.0e-03 +– +as announced", text)
     assert re.search(r"tensor +unclear +1\.0e-12", text)
+    rows = [{**row, "worst": "head.bias"}, {**row, "strategy": "tensor", "unclear": True, "rounding": 4e-3}, hybrid]
+    assert proof_failures(rows).startswith(
+        "data (head.bias is off by 2.0e-03): not what one device computes; tensor ca"
+    )
+    assert "differs from itself by up to 4.0e-03" in proof_failures(rows[1:])
+    assert proof_failures([{**row, "grad_error": None}]).startswith("data (the run failed)")
+    assert proof_failures([{**row, "collectives_recorded": []}]).startswith("data (sends other collectives than ann")
+    assert proof_failures([{**row, "passed": True}, hybrid]) == ""
     assert re.search(r"hybrid +does not apply +2 ranks are one axis", text)
 
 

@@ -179,6 +179,31 @@ def proof_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(cells, left=7)
 
 
+def proof_failures(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What did not pass of a proof and how far off it is, in a sentence; empty where all that applies passed."""
+    failed, unclear = [], {}
+    for row in rows:
+        name, error = row["strategy"], row["grad_error"]
+        if not row["applicable"] or row["passed"]:
+            continue
+        if row["unclear"]:
+            unclear[name] = row["rounding"]
+        elif error is None:
+            failed.append(f"{name} (the run failed)")
+        elif row["collectives_announced"] != row["collectives_recorded"]:
+            failed.append(f"{name} (sends other collectives than announced)")
+        else:
+            failed.append(f"{name} ({row['worst']} is off by {small(error)})")
+    told = [f"{', '.join(failed)}: not what one device computes"] if failed else []
+    if unclear:
+        told.append(
+            f"{', '.join(unclear)} cannot be told from rounding: with the last bit of every weight changed, one device "
+            f"differs from itself by up to {small(max(unclear.values()))}; prove it with weights of which that is not "
+            "so, trained or smaller"
+        )
+    return "; ".join(told)
+
+
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 

@@ -31,8 +31,10 @@ settings.register_profile(
 )  # fmt: skip
 settings.load_profile("shardwise")
 # What was measured of the machine that the tests run on is not to change what they find.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="shardwise-tests-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+_OWN = f"shardwise-tests-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}-"
+if _OWN not in os.environ.get("XDG_CACHE_HOME", ""):  # ranks have that of the process that started them
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix=_OWN)
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 _GRAPHS: dict[bytes, Graph] = {}
 """Graphs of the jobs that were compared in this process."""

@@ -289,7 +289,7 @@ def _masks_unread() -> Iterator[None]:
 def _loses(module: nn.Module, error: OwnBackward) -> CaptureError:
     return CaptureError(
         f"{type(module).__name__} does not capture, for its graph would lose {error}; write it as a "
-        "torch.library.custom_op with register_autograd, or split by data (data, sharded), where it runs as it is"
+        "custom operator with register_autograd, or split by data (data, sharded), where it runs as it is"
     )
 
 

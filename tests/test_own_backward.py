@@ -145,6 +145,42 @@ class Pair(Function):
         return up + down
 
 
+class Whole(Function):
+    """Counts gradients in whole steps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.div(grad, 0.01, rounding_mode="floor")
+
+
+class Cast(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad * 1000).long().to(grad.dtype)
+
+
+class Filled(Function):
+    """What begins as zeros and is written over is no zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(x > 0, grad, torch.zeros_like(grad).add_(x))
+
+
 class Applied(nn.Module):
     """A layer, something done to its output, and a head."""
 
@@ -170,6 +206,18 @@ def pair(x: Tensor, size: Tensor) -> Tensor:
     return Pair.apply(x)[0] * size  # type: ignore[no-any-return]
 
 
+def whole(x: Tensor, size: Tensor) -> Tensor:
+    return Whole.apply(x) * size  # type: ignore[no-any-return]
+
+
+def cast(x: Tensor, size: Tensor) -> Tensor:
+    return Cast.apply(x) * size  # type: ignore[no-any-return]
+
+
+def written_over(x: Tensor, size: Tensor) -> Tensor:
+    return Filled.apply(x) * size  # type: ignore[no-any-return]
+
+
 def hooked(x: Tensor, size: Tensor) -> Tensor:
     found = x * size
     if found.requires_grad:
@@ -189,6 +237,9 @@ def with_hook(kind: str) -> nn.Module:
 REFUSED = {
     "a gradient that is clipped": (lambda: Applied(clipped), "the backward of Clipped.*clamp"),
     "a sum over entries": (lambda: Applied(stepped), "the backward of Stepped.*sum"),
+    "a gradient that is rounded": (lambda: Applied(whole), "the backward of Whole.*div"),
+    "a gradient of whole numbers": (lambda: Applied(cast), "the backward of Cast.*_to_copy"),
+    "zeros written over": (lambda: Applied(written_over), "the backward of Filled.*where"),
     "several outputs": (lambda: Applied(pair), "the backward of Pair.*several tensors"),
     "a hook on a tensor": (lambda: Applied(hooked), "a hook on the gradient of a tensor"),
     "a hook on a module": (lambda: with_hook("module"), "a hook on the backward of layer"),
@@ -199,7 +250,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_graph_would_lose_is_refused_in_training_alone(name: str) -> None:
     make, told = REFUSED[name]
-    with pytest.raises(CaptureError, match=f"(?s)Applied does not capture, for its graph would lose {told}.*custom_op"):
+    with pytest.raises(
+        CaptureError,
+        match=f"(?s)Applied does not capture, for its graph would lose {told}.*custom operator with register_autograd",
+    ):
         Graph.of(job(make))
     assert Graph.of(job(make), purpose="predict").ops
     assert Function.apply.__qualname__ == "Function.apply" and Tensor.register_hook.__module__ == "torch._tensor"

@@ -27,7 +27,7 @@ from shardwise.graph.functional import functional
 from shardwise.graph.no_data import on_cpu, without_data
 from shardwise.graph.normalize import normalize
 from shardwise.graph.output import OutputModule
-from shardwise.graph.own_backward import OwnBackward, check_hooks, written_out
+from shardwise.graph.own_backward import check_hooks, written_out
 from shardwise.graph.step import FIRST, Step, with_state
 from shardwise.graph.unfold import Event, Stack, deepest, run, unfold, unfolded
 from shardwise.job import Batch, Job, batch_size, batch_tensors, map_batch
@@ -130,10 +130,7 @@ def capture(
     if batch is None:
         batch = job.batch(range(min(2, job.global_batch)))
     if purpose == "train":
-        try:
-            check_hooks(module)
-        except OwnBackward as error:
-            raise _loses(module, error) from None
+        check_hooks(module)
     samples = max(job.global_batch, 2)
     device = next(module.parameters()).device
     mode = None
@@ -263,14 +260,12 @@ def _export(wrapper: Wrapper, tensors: tuple[Tensor, ...], mode: FakeTensorMode 
     try:
         with warnings.catch_warnings(), without_logs():
             warnings.simplefilter("ignore")
-            kept = written_out() if wrapper.training else nullcontext()
+            kept = written_out(type(wrapper.module).__name__) if wrapper.training else nullcontext()
             with mode or nullcontext(), kept, _masks_unread():
                 exported = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
             return functional(exported)
-    except JobError:
+    except (CaptureError, JobError):
         raise
-    except OwnBackward as error:
-        raise _loses(wrapper.module, error) from None
     except Exception as error:
         raise _does_not_capture(wrapper, error) from error
 
@@ -284,13 +279,6 @@ def _masks_unread() -> Iterator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = before
-
-
-def _loses(module: nn.Module, error: OwnBackward) -> CaptureError:
-    return CaptureError(
-        f"{type(module).__name__} does not capture, for its graph would lose {error}; write it as a "
-        "custom operator with register_autograd, or split by data (data, sharded), where it runs as it is"
-    )
 
 
 def _does_not_capture(wrapper: Wrapper, error: Exception) -> CaptureError:

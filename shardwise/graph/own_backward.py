@@ -5,8 +5,9 @@ Capture records operators, and what is differentiated later is what it recorded:
 
 Most such functions scale the gradient of each entry by a factor: straight-through estimators (Bengio et al., 2013),
 reversed gradients (Ganin & Lempitsky, 2015), activations that keep less. These are written with operators:
-y = f(x) + factor · (x − x), where gradients pass through the first x alone. That backward does no more is read from
-what it does to a gradient without data, operator by operator. Others are refused, and hooks on gradients are.
+y = f(x) + factor · (x − x), where gradients pass through the first x alone; x and the factor have to be finite. That
+backward does no more is read from what it does to a gradient without data, operator by operator. Others are refused,
+and hooks on gradients are.
 """
 
 from __future__ import annotations
@@ -21,44 +22,52 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-
-class OwnBackward(Exception):
-    """A model has a backward that cannot be captured; the text names it."""
+from shardwise.errors import CaptureError
 
 
 def check_hooks(module: nn.Module) -> None:
     """See that nothing hooks into a module's gradients.
 
     Raises:
-        OwnBackward: a hook does.
+        CaptureError: a hook does.
     """
+    model = type(module).__name__
     for name, part in module.named_modules():
         if part._backward_hooks or part._backward_pre_hooks:
-            raise OwnBackward(f"a hook on the backward of {name or type(part).__name__}")
+            raise _loses(model, f"a hook on the backward of {name or type(part).__name__}")
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            raise OwnBackward(f"a hook on the gradient of {name}")
+            raise _loses(model, f"a hook on the gradient of {name}")
+
+
+def _loses(model: str, what: str) -> CaptureError:
+    return CaptureError(
+        f"{model} does not capture, for its graph would lose {what}; write it as a custom operator with "
+        "register_autograd, or split by data (data, sharded), where it runs as it is"
+    )
 
 
 @contextmanager
-def written_out() -> Iterator[None]:
+def written_out(model: str) -> Iterator[None]:
     """While a model is captured: functions with a backward of their own are written with operators, or refused.
 
     Those of torch's own compute the gradient of their forward (checkpoints), and stay as they are.
 
     Raises:
-        OwnBackward: a function's backward does more than scale entries, or a tensor gets a hook.
+        CaptureError: a function's backward does more than scale entries, or a tensor gets a hook.
     """
     apply, register = Function.__dict__["apply"], Tensor.register_hook
 
     def scaled(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs or not torch.is_grad_enabled() or cls.__module__.startswith("torch."):
             return apply.__func__(cls, *args, **kwargs)
-        _check(cls, args)
+        wrong = _check(cls, args)
+        if wrong:
+            raise _loses(model, f"the backward of {cls.__name__}, a torch.autograd.Function: {wrong}")
         return _scaled(cls, args)
 
     def refused(tensor: Tensor, hook: Any) -> Any:
-        raise OwnBackward("a hook on the gradient of a tensor")
+        raise _loses(model, "a hook on the gradient of a tensor")
 
     Function.apply = classmethod(scaled)  # type: ignore[assignment,method-assign]
     Tensor.register_hook = refused  # type: ignore[method-assign]
@@ -79,13 +88,8 @@ def _scaled(cls: Any, args: tuple[Any, ...]) -> Tensor:
     return result
 
 
-def _check(cls: Any, args: tuple[Any, ...]) -> None:
-    """See, on tensors without data, that a function's backward scales the gradient of each entry.
-
-    Raises:
-        OwnBackward: it does something else, or does not run so.
-    """
-    told = f"the backward of {cls.__name__}, a torch.autograd.Function"
+def _check(cls: Any, args: tuple[Any, ...]) -> str:
+    """What a function's backward does, on tensors without data, besides scaling each entry of the gradient, if any."""
     try:
         with _disable_current_modes():
             given = [_bare(a) if isinstance(a, Tensor) else a for a in args]
@@ -94,10 +98,11 @@ def _check(cls: Any, args: tuple[Any, ...]) -> None:
             with _Scales(grad) as scales:
                 grads = _grads(cls, context, grad)
     except Exception as error:
-        raise OwnBackward(f"{told}: {str(error).partition(chr(10))[0][:200]}") from error
+        return str(error).partition("\n")[0][:200] or type(error).__name__
     for each, tensor in zip(grads, given, strict=False):
         if each is not None and (id(each) not in scales.scaled or each.shape != tensor.shape):
-            raise OwnBackward(f"{told}: it gives something else than the gradient scaled entry by entry")
+            return "it gives something else than the gradient scaled entry by entry"
+    return ""
 
 
 def _bare(tensor: Tensor) -> Tensor:
@@ -154,12 +159,14 @@ class _Scales(TorchDispatchMode):
         takes = any(id(t) in self.scaled for t in tree_leaves((args, kwargs)))
         out = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if func._schema.is_mutable:
+            self.zeros.pop(id(args[0]), None)
         made = name in ("zeros", "zeros_like", "new_zeros") or (name == "scalar_tensor" and not args[0])
         if made or (name in _COPIES and id(args[0]) in self.zeros):
             self.zeros[id(out)] = out
         elif takes:
-            shape = next(t.shape for t in args if id(t) in self.scaled)
-            if not self._scales(name, args) or out.shape != shape:
+            plain = self._scales(name, args) and not kwargs.get("rounding_mode")
+            if not plain or not out.is_floating_point() or out.shape != next(iter(self.scaled.values())).shape:
                 raise TypeError(f"{func} takes the gradient")
             self.scaled[id(out)] = out
         return out
@@ -173,7 +180,10 @@ class _Scales(TorchDispatchMode):
         if name == "where":
             return not given[0] and all(g or id(a) in self.zeros for g, a in zip(given[1:], args[1:], strict=True))
         if name in ("masked_fill", "index_put"):
-            mask, value = (args[1][0], args[2]) if name == "index_put" else args[1:3]
+            masks, value = args[1:3]
+            mask = masks[0] if isinstance(masks, (list, tuple)) and len(masks) == 1 else masks
             whole = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == args[0].shape
             return whole and (id(value) in self.zeros if isinstance(value, Tensor) else not value)
-        return name in (*_COPIES, "div", "neg") and not any(given[1:])
+        if name == "view" and isinstance(args[1], torch.dtype):
+            return False
+        return name in (*_COPIES, "div", "neg") and given[0] and not any(given[1:])

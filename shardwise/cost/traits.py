@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from shardwise.graph.graph import Graph, Op
+from shardwise.graph.rewrite import gives_views
 from shardwise.graph.rules import Slot, Value
 from shardwise.parallel.defer import comes_in_halves
 
@@ -218,10 +219,7 @@ def counts_samples(value: Value) -> bool:
 
 def is_view(op: Op) -> bool:
     """Whether an operator moves nothing: its output is a view of its input."""
-    schema = getattr(op.node.target, "_schema", None)
-    if schema is not None and schema.returns and all(r.alias_info is not None for r in schema.returns):
-        return True
-    return op.name in _VIEWS
+    return op.name in _VIEWS or gives_views(op.node.target)
 
 
 _VIEWS = {"aten.reshape", "aten.flatten", "aten.unflatten", "aten.contiguous", "aten.dropout", "aten._unsafe_view"}

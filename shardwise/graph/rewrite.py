@@ -26,6 +26,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return found
 
 
+def gives_views(target: Any) -> bool:
+    """Whether all that an operator gives are views of what it takes."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and bool(schema.returns) and all(r.alias_info is not None for r in schema.returns)
+
+
 class Rewriter:
     """Adds nodes with their fake values, at one place of a graph.
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 
+from shardwise.graph.rewrite import gives_views
 from shardwise.parallel.data import Bucket, by_size, take_gradient
 from shardwise.parallel.mesh import Axis
 from shardwise.parallel.program import attribute_name
@@ -301,12 +302,6 @@ def _readers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
         for user in todo.pop().users:
             if user not in found:
                 found.add(user)
-                if _is_view(user):
+                if user.target is operator.getitem or gives_views(user.target):
                     todo.append(user)
     return found
-
-
-def _is_view(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return any(each.alias_info is not None for each in node.target._schema.returns)
-    return node.target is operator.getitem
